@@ -1,0 +1,198 @@
+//! Prepares upstream legs: the connections a proxy opens to its application with a client's address.
+//!
+//! Minimum kernel: 5.8 (`bpf_setsockopt` in this program type).
+
+use aya_ebpf::{
+    bindings::bpf_sock_addr,
+    helpers::generated::bpf_get_prandom_u32,
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
+};
+use srcip_common::{
+    address::Address,
+    counters::Counters,
+    keys::{AF_INET, AF_INET6, ConnectionKey},
+    packet::Endpoint,
+    pod::Pod,
+};
+
+use crate::{
+    maps::{self, PODS},
+    sys::{self, SO_MARK, SO_REUSEADDR, address, field, tcp_state, words},
+};
+
+/// Let the call go on. These programs never forbid one.
+pub const ALLOW: i32 = 1;
+const SOCK_STREAM: u32 = 1;
+
+/// Ports tried in the pod's order, oldest first: they are the likeliest to have left TIME_WAIT.
+const IN_ORDER: u32 = 24;
+/// Ports tried at random after those, to get out of a run of long-lived connections.
+const AT_RANDOM: u32 = 72;
+
+#[cgroup_sock_addr(connect4)]
+pub fn srcip_connect4(ctx: SockAddrContext) -> i32 {
+    let _ = prepare(&ctx, AF_INET);
+    ALLOW
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn srcip_connect6(ctx: SockAddrContext) -> i32 {
+    let _ = prepare(&ctx, AF_INET6);
+    ALLOW
+}
+
+/// The pod whose TCP socket this is.
+#[inline(always)]
+pub fn stream_of_pod(ctx: &SockAddrContext) -> Option<(u64, &'static Pod)> {
+    if field!(ctx.sock_addr, type_) != SOCK_STREAM {
+        return None;
+    }
+    let netns = sys::netns_cookie(ctx);
+    Some((netns, maps::pod(netns)?))
+}
+
+/// A source that only a transparent proxy can have: neither the pod's own, nor loopback, nor unset.
+#[inline(always)]
+pub fn is_foreign(netns: u64, source: Address) -> bool {
+    !source.is_unspecified() && !source.is_loopback() && !maps::is_own(netns, source)
+}
+
+#[inline(always)]
+fn prepare(ctx: &SockAddrContext, family: u16) -> Option<()> {
+    let (netns, pod) = stream_of_pod(ctx)?;
+    let (source, destination) = ends(ctx.sock_addr, family)?;
+    if !is_foreign(netns, source.address) {
+        return None;
+    }
+    if !destination.address.is_loopback() && !maps::is_own(netns, destination.address) {
+        return None;
+    }
+    // The application's socket inherits this mark from the SYN (net.ipv4.tcp_fwmark_accept), and its
+    // answers find their way back to the proxy by it.
+    let _ = sys::set_socket_option(ctx, SO_MARK, pod.mark);
+    maps::count(netns, |c: &mut Counters| &mut c.upstream);
+
+    if source.port != 0 {
+        let key = key(netns, source, destination);
+        maps::forget_pending(&key);
+        maps::reserve_pending(&key);
+        if !pod.upstream_ports.contains(source.port) {
+            maps::count(netns, |c: &mut Counters| &mut c.upstream_port_kept);
+        }
+        return None;
+    }
+    // Lets the port be used again for another destination, and while an old connection is in TIME_WAIT.
+    let _ = sys::set_socket_option(ctx, SO_REUSEADDR, 1);
+    if !choose_port(ctx, family, netns, pod, source.address, destination) {
+        maps::count(netns, |c: &mut Counters| &mut c.upstream_ports_exhausted);
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn key(netns: u64, source: Endpoint, destination: Endpoint) -> ConnectionKey {
+    ConnectionKey::new(
+        netns,
+        (source.address, source.port),
+        (destination.address, destination.port),
+    )
+}
+
+/// Binds the socket to a source port that neither a client nor another upstream leg uses.
+///
+/// The application's end of an upstream leg carries the tuple that a connection from the client's own
+/// port would carry. If the client then came from that port, its SYN would reach the application's
+/// socket instead of a listener, and hang. So the port is one that clients do not use.
+#[inline(always)]
+fn choose_port(
+    ctx: &SockAddrContext,
+    family: u16,
+    netns: u64,
+    pod: &Pod,
+    source: Address,
+    destination: Endpoint,
+) -> bool {
+    let mut attempt = 0;
+    let mut cursor = pod.cursor;
+    while attempt < IN_ORDER + AT_RANDOM {
+        let in_order = attempt < IN_ORDER;
+        attempt += 1;
+        cursor = if in_order {
+            cursor.wrapping_add(1)
+        } else {
+            // SAFETY: takes nothing and only draws a number.
+            unsafe { bpf_get_prandom_u32() }
+        };
+        if in_order {
+            store_cursor(netns, cursor);
+        }
+        let source = Endpoint { address: source, port: pod.upstream_ports.nth(cursor) };
+        let key = key(netns, source, destination);
+        // Two processors may try the same port at once; the one that notes it first has it.
+        if !maps::reserve_pending(&key) {
+            continue;
+        }
+        if is_free(ctx, source, destination, in_order)
+            && sys::bind(ctx.sock_addr, family, source).is_ok()
+        {
+            return true;
+        }
+        maps::forget_pending(&key);
+    }
+    false
+}
+
+#[inline(always)]
+pub fn store_cursor(netns: u64, cursor: u32) {
+    if let Some(pod) = PODS.get_ptr_mut(netns) {
+        // SAFETY: verified: inside the map's value. Only a hint, so a lost update does no harm; volatile
+        // because another processor may read it.
+        unsafe { (&raw mut (*pod).cursor).write_volatile(cursor) };
+    }
+}
+
+/// Whether a connection with these ends can be opened: no socket of the application, or of a client
+/// who came from this very port, has them already.
+#[inline(always)]
+fn is_free(
+    ctx: &SockAddrContext,
+    source: Endpoint,
+    destination: Endpoint,
+    take_time_wait: bool,
+) -> bool {
+    match sys::receiver_state(ctx, source, destination) {
+        None | Some(tcp_state::LISTEN) => {}
+        // A SYN reopens it: the kernel allows that to timestamps that have moved on.
+        Some(tcp_state::TIME_WAIT) if take_time_wait => {}
+        Some(_) => return false,
+    }
+    // The proxy's own end may be in TIME_WAIT. The kernel reuses it on loopback once it is a second
+    // old, which the order of trying makes likely and chance does not.
+    take_time_wait
+        || !matches!(sys::receiver_state(ctx, destination, source), Some(tcp_state::TIME_WAIT))
+}
+
+/// The socket's bound source, with port 0 if it has none yet, and where it connects to.
+#[inline(always)]
+fn ends(sock_addr: *mut bpf_sock_addr, family: u16) -> Option<(Endpoint, Endpoint)> {
+    let sk = field!(sock_addr, __bindgen_anon_1.sk);
+    if sk.is_null() {
+        return None;
+    }
+    let source = address!(sk, family, src_ip4, src_ip6);
+    let source = Endpoint { address: source, port: field!(sk, src_port) as u16 };
+    Some((source, requested(sock_addr, family)))
+}
+
+/// What the system call was given: where to connect to, or what to bind.
+#[inline(always)]
+pub fn requested(sock_addr: *mut bpf_sock_addr, family: u16) -> Endpoint {
+    // Each program may only read the words of its own family, which is a constant in each.
+    let address = if family == AF_INET {
+        Address::from_v4_be(field!(sock_addr, user_ip4))
+    } else {
+        Address::from_v6_be(words!(sock_addr, user_ip6))
+    };
+    Endpoint { address, port: u16::from_be(field!(sock_addr, user_port) as u16) }
+}

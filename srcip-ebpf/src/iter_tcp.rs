@@ -1,0 +1,83 @@
+//! Registers listeners that were there before srcip: run once, in the pod's netns, at attach.
+//!
+//! Minimum kernel: 5.12 (`bpf_get_socket_cookie` for tracing programs; the iterator itself is 5.8).
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    EbpfContext, bindings::BPF_NOEXIST, cty::c_int, helpers::generated::bpf_map_update_elem,
+};
+use aya_log_ebpf::info;
+
+use crate::{
+    listeners,
+    maps::{self, LISTENERS},
+    sys::{self, tcp_state},
+};
+
+/// `struct bpf_iter__tcp`: net/ipv4/tcp_ipv4.c.
+#[repr(C)]
+pub struct IterTcp {
+    meta: *mut c_void,
+    socket: *mut SockCommon,
+    uid: u32,
+}
+
+/// The start of `struct sock_common`: include/net/sock.h. These fields lie here since Linux 3.13, and
+/// the verifier checks every access against the running kernel's own description of the struct.
+#[repr(C)]
+struct SockCommon {
+    addresses: [u32; 2],
+    hash: u32,
+    destination_port: u16,
+    port: u16,
+    family: u16,
+    state: u8,
+}
+
+/// What aya-log wants of a context.
+struct Iteration(*mut IterTcp);
+
+impl EbpfContext for Iteration {
+    fn as_ptr(&self) -> *mut c_void {
+        self.0.cast()
+    }
+}
+
+/// Called once for every TCP socket of the reader's netns, and once more with null at the end.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "iter/tcp")]
+pub extern "C" fn srcip_iter_tcp(ctx: *mut IterTcp) -> c_int {
+    let _ = register(&Iteration(ctx));
+    0
+}
+
+#[inline(always)]
+fn register(ctx: &Iteration) -> Option<()> {
+    let netns = maps::own_netns();
+    let pod = maps::pod(netns)?;
+    // SAFETY: verified: the context is valid.
+    let socket = unsafe { (*ctx.0).socket };
+    if socket.is_null() {
+        return None;
+    }
+    // SAFETY: verified: not null, and the iterator holds the socket while the program runs.
+    let (port, family, state) =
+        unsafe { ((*socket).port, (*socket).family, u32::from((*socket).state)) };
+    if state != tcp_state::LISTEN || port != pod.proxy_port {
+        return None;
+    }
+    let cookie = sys::socket_cookie(socket.cast());
+    let registered = listeners::register(netns, port, family, cookie, |key| {
+        let map = (&raw const LISTENERS).cast_mut().cast::<c_void>();
+        // SAFETY: verified: for a SockHash, an iterator may give the socket itself as the value.
+        let error = unsafe {
+            bpf_map_update_elem(map, (&raw const key).cast(), socket.cast(), BPF_NOEXIST.into())
+        };
+        error == 0
+    });
+    if registered {
+        info!(ctx, "listener registered: family {} port {}", family, port);
+    }
+    Some(())
+}

@@ -1,0 +1,132 @@
+//! All maps, and the small questions asked of them.
+//!
+//! They are pinned by name and shared by every program of an instance: the node's hooks and each
+//! pod's `sk_lookup` or `tc` program.
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuHashMap, SockHash},
+};
+use srcip_common::{
+    address::Address,
+    counters::Counters,
+    keys::{AddressKey, ConnectionKey, ListenerKey, RegisteredKey},
+    pod::Pod,
+};
+
+use crate::sys;
+
+const MAX_PODS: u32 = 1024;
+
+/// Netns cookie of the pod that a per-pod program was loaded for. `sk_lookup` programs have no helper
+/// to ask for it, and a constant is cheaper.
+#[unsafe(no_mangle)]
+static NETNS_COOKIE: Global<u64> = Global::new(0);
+
+/// [`srcip_common::LAYOUT_VERSION`] of whoever made these maps.
+#[map]
+static LAYOUT: Array<u32> = Array::pinned(1, 0);
+
+/// What user space remembers of an attachment, as JSON: name, paths, the sysctl's old value. No
+/// program reads it; it lies here to live exactly as long as what it describes.
+#[map]
+static ATTACHMENTS: HashMap<u64, [u8; 4096]> = HashMap::pinned(MAX_PODS, BPF_F_NO_PREALLOC);
+
+/// Steered pods by netns cookie.
+#[map]
+pub static PODS: HashMap<u64, Pod> = HashMap::pinned(MAX_PODS, BPF_F_NO_PREALLOC);
+
+/// Counters by netns cookie.
+#[map]
+static COUNTERS: PerCpuHashMap<u64, Counters> = PerCpuHashMap::pinned(MAX_PODS, BPF_F_NO_PREALLOC);
+
+/// Addresses of the pods: what was configured at attach, and what clients have reached since.
+#[map]
+static ADDRESSES: HashMap<AddressKey, u8> = HashMap::pinned(16384, BPF_F_NO_PREALLOC);
+
+/// The proxies' listeners. A socket leaves by itself when it closes.
+#[map]
+pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(16384, 0);
+
+/// Which listeners have a slot.
+#[map]
+pub static REGISTERED: LruHashMap<RegisteredKey, u8> = LruHashMap::pinned(16384, 0);
+
+/// Upstream legs on their way: from `connect` until the application's end is established or the
+/// attempt has failed. The value is the time of insertion, in nanoseconds since boot.
+#[map]
+static PENDING: LruHashMap<ConnectionKey, u64> = LruHashMap::pinned(65536, 0);
+
+/// A SYN is retransmitted for 127 s with the default `net.ipv4.tcp_syn_retries`; a note older than
+/// this was left by a connect that failed before its first SYN.
+const PENDING_MAX_AGE_NS: u64 = 180_000_000_000;
+
+/// The pod that this copy of a per-pod program serves.
+#[inline(always)]
+pub fn own_netns() -> u64 {
+    NETNS_COOKIE.load()
+}
+
+/// The pod with this netns cookie, if it is steered.
+#[inline(always)]
+pub fn pod(netns: u64) -> Option<&'static Pod> {
+    // SAFETY: `PODS` is not preallocated, so a value replaced or removed meanwhile is freed only
+    // after an RCU grace period; programs run under RCU.
+    unsafe { PODS.get(netns) }
+}
+
+/// Adds one to a counter of the pod.
+#[inline(always)]
+pub fn count(netns: u64, counter: impl FnOnce(&mut Counters) -> &mut u64) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(netns) {
+        // SAFETY: a per-CPU value; programs do not migrate while they run. A program that interrupts
+        // another one on the same CPU can at worst lose one count.
+        let counter = counter(unsafe { &mut *counters });
+        *counter += 1;
+    }
+}
+
+/// Whether `address` is one of the pod's own.
+#[inline(always)]
+pub fn is_own(netns: u64, address: Address) -> bool {
+    ADDRESSES.get_ptr(AddressKey { netns, address }).is_some()
+}
+
+/// Remembers that clients reach the pod at `address`, for one that was added after the attach.
+#[inline(always)]
+pub fn learn_own(netns: u64, address: Address) {
+    if !is_own(netns, address) {
+        let key = AddressKey { netns, address };
+        // Full: the pod's proxy then has to mark connections to this address itself.
+        let _ = ADDRESSES.insert(key, 1, BPF_NOEXIST.into());
+    }
+}
+
+/// Whether this connection is an upstream leg on its way.
+#[inline(always)]
+pub fn is_pending(key: &ConnectionKey) -> bool {
+    // SAFETY: an LRU map may hand the element to another key while it is read; the worst is a wrong
+    // age, and only for a connection evicted among 65536 that are all in mid-handshake.
+    match unsafe { PENDING.get(key) } {
+        Some(&since) => sys::boot_ns().wrapping_sub(since) < PENDING_MAX_AGE_NS,
+        None => false,
+    }
+}
+
+/// Notes an upstream leg. `false` if another one with the same ends is already on its way.
+#[inline(always)]
+pub fn reserve_pending(key: &ConnectionKey) -> bool {
+    let now = sys::boot_ns();
+    if PENDING.insert(key, now, BPF_NOEXIST.into()).is_ok() {
+        return true;
+    }
+    !is_pending(key) && PENDING.insert(key, now, 0).is_ok()
+}
+
+/// Takes the note back.
+#[inline(always)]
+pub fn forget_pending(key: &ConnectionKey) {
+    let _ = PENDING.remove(key);
+}

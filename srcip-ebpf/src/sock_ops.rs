@@ -1,0 +1,92 @@
+//! Follows listeners and upstream legs through their lives, node-wide.
+//!
+//! Minimum kernel: 5.15 (`bpf_get_netns_cookie` in this program type).
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+        BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
+    },
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+use srcip_common::{
+    address::Address,
+    keys::ConnectionKey,
+    pod::Pod,
+};
+
+use crate::{
+    listeners,
+    maps::{self, LISTENERS},
+    sys::{self, address, field, tcp_state},
+};
+
+#[sock_ops]
+pub fn srcip_sock_ops(ctx: SockOpsContext) -> u32 {
+    let netns = sys::netns_cookie(&ctx);
+    if let Some(pod) = maps::pod(netns) {
+        follow(&ctx, netns, pod);
+    }
+    1
+}
+
+#[inline(always)]
+fn follow(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
+    match ctx.op() {
+        BPF_SOCK_OPS_TCP_LISTEN_CB => listening(ctx, netns, pod),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => {
+            let Ends { local, remote } = Ends::read(ctx);
+            if maps::is_pending(&ConnectionKey::new(netns, local, remote)) {
+                // To hear of its end, however it ends.
+                let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+            }
+        }
+        // The application's end stands. With SYN cookies this is the first the kernel knows of it: the
+        // ACK that completes the handshake is looked up once more, so the note must live until now.
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            let Ends { local, remote } = Ends::read(ctx);
+            maps::forget_pending(&ConnectionKey::new(netns, remote, local));
+        }
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == tcp_state::CLOSE => {
+            let Ends { local, remote } = Ends::read(ctx);
+            maps::forget_pending(&ConnectionKey::new(netns, local, remote));
+        }
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn listening(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
+    let port = ctx.local_port() as u16;
+    if port != pod.proxy_port {
+        return;
+    }
+    let family = ctx.family() as u16;
+    let socket = sys::socket_cookie(ctx.as_ptr());
+    listeners::register(netns, port, family, socket, |key| {
+        // SAFETY: verified: the context is valid, and the helper takes the socket it stands for.
+        LISTENERS.update(key, unsafe { &mut *ctx.ops }, BPF_NOEXIST.into()).is_ok()
+    });
+}
+
+/// Both ends of the context's socket; ports in host byte order.
+struct Ends {
+    local: (Address, u16),
+    remote: (Address, u16),
+}
+
+impl Ends {
+    #[inline(always)]
+    fn read(ctx: &SockOpsContext) -> Self {
+        let ops = ctx.ops;
+        let family = field!(ops, family) as u16;
+        // A dual-stack socket that speaks IPv4 says AF_INET6 and has mapped addresses: the same key.
+        let local = address!(ops, family, local_ip4, local_ip6);
+        let remote = address!(ops, family, remote_ip4, remote_ip6);
+        // `remote_port` is a big-endian u32 whose upper half is the port; `local_port` is not.
+        let remote_port = u32::from_be(field!(ops, remote_port)) as u16;
+        Self { local: (local, field!(ops, local_port) as u16), remote: (remote, remote_port) }
+    }
+}

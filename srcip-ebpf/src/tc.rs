@@ -1,0 +1,175 @@
+//! The second engine: ingress of the pod's device, for nodes where `sk_lookup` cannot run.
+//!
+//! It sees every packet, lets those of established connections go at the first look, and finds the
+//! proxy's listener by port, so nothing has to be registered. Minimum kernel: 5.7 (`bpf_sk_assign`).
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC,
+        bpf_fib_lookup,
+    },
+    helpers::generated::{
+        bpf_fib_lookup as fib_lookup, bpf_sk_assign, bpf_skb_load_bytes_relative,
+    },
+    macros::classifier,
+    programs::TcContext,
+};
+use srcip_common::{
+    address::Address,
+    counters::Counters,
+    keys::{AF_INET, AF_INET6},
+    packet::{self, Endpoint, Header, Packet, Parsed, Segment},
+    pod::{PASS_WHEN_PROXY_DOWN, Pod, STEER},
+};
+
+use crate::{
+    maps,
+    sys::{self, field, tcp_state},
+};
+
+/// Go on: to the next program with tcx, to the next filter with clsact.
+const NEXT: i32 = TC_ACT_UNSPEC;
+const DROP: i32 = TC_ACT_SHOT as i32;
+
+#[classifier]
+pub fn srcip_tc(ctx: TcContext) -> i32 {
+    let netns = maps::own_netns();
+    let Some(pod) = maps::pod(netns) else { return NEXT };
+    if !pod.has(STEER) {
+        return NEXT;
+    }
+    // The kernel keeps this in network byte order.
+    let ethertype = u16::from_be(field!(ctx.skb.skb, protocol) as u16);
+    match packet::parse(&Skb(&ctx), ethertype) {
+        Parsed::Segment(segment) => steer(&ctx, netns, pod, &segment),
+        Parsed::FragmentedSyn => {
+            maps::count(netns, |c: &mut Counters| &mut c.fragments_refused);
+            DROP
+        }
+        Parsed::Other => NEXT,
+    }
+}
+
+/// The verdict: as in `sk_lookup`, but for what belongs to a connection that stands, and with a drop
+/// where that one can refuse.
+#[inline(always)]
+fn steer(ctx: &TcContext, netns: u64, pod: &Pod, segment: &Segment) -> i32 {
+    let Segment { source, destination, .. } = *segment;
+    if !pod.steered_ports.contains(destination.port) {
+        if segment.is_syn() {
+            maps::count(netns, |c: &mut Counters| &mut c.passed);
+        }
+        return NEXT;
+    }
+    match sys::receiver_state(ctx, source, destination) {
+        // Nobody, or whoever listens on that port: what is to be replaced. Not only for SYNs: with SYN
+        // cookies it is the last ACK that makes the connection.
+        None | Some(tcp_state::LISTEN) => {}
+        Some(tcp_state::TIME_WAIT) if segment.is_syn() => {}
+        Some(_) => return NEXT,
+    }
+    if !is_local(ctx, segment) {
+        return NEXT;
+    }
+    if segment.is_syn() && pod.upstream_ports.contains(source.port) {
+        maps::count(netns, |c: &mut Counters| &mut c.client_port_in_upstream_range);
+    }
+    if assign(ctx, pod.proxy_port, destination.address) {
+        maps::learn_own(netns, destination.address);
+        if segment.is_syn() {
+            maps::count(netns, |c: &mut Counters| &mut c.steered);
+        }
+        return NEXT;
+    }
+    if pod.has(PASS_WHEN_PROXY_DOWN) {
+        if segment.is_syn() {
+            maps::count(netns, |c: &mut Counters| &mut c.passed_proxy_down);
+        }
+        NEXT
+    } else {
+        if segment.is_syn() {
+            maps::count(netns, |c: &mut Counters| &mut c.refused);
+        }
+        DROP
+    }
+}
+
+/// Gives the packet to the proxy's listener, bound to the pod's address, to all, or to loopback.
+#[inline(always)]
+fn assign(ctx: &TcContext, port: u16, own: Address) -> bool {
+    let loopback = match own.v4_be() {
+        Some(_) => Address::from_v4_be(u32::from_ne_bytes([127, 0, 0, 1])),
+        None => Address::from_v6_be([0, 0, 0, 1_u32.to_be()]),
+    };
+    assign_at(ctx, Endpoint { address: own, port })
+        || assign_at(ctx, Endpoint { address: loopback, port })
+}
+
+#[inline(always)]
+fn assign_at(ctx: &TcContext, listener: Endpoint) -> bool {
+    // From nobody: no established connection can match, only a listener.
+    let nobody = match listener.address.v4_be() {
+        Some(_) => Address::from_v4_be(0),
+        None => Address::from_v6_be([0; 4]),
+    };
+    let nobody = Endpoint { address: nobody, port: 0 };
+    sys::with_receiver(ctx, nobody, listener, |socket, state| {
+        // SAFETY: verified: the socket is held by the caller until this returns.
+        state == tcp_state::LISTEN && unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) } == 0
+    })
+    .unwrap_or(false)
+}
+
+/// Whether the packet is for the pod itself. One that is to be forwarded must not get a socket: the
+/// kernel drops those.
+#[inline(always)]
+fn is_local(ctx: &TcContext, segment: &Segment) -> bool {
+    // SAFETY: all-zero is a valid value of this plain C struct.
+    let mut params: bpf_fib_lookup = unsafe { core::mem::zeroed() };
+    params.ifindex = field!(ctx.skb.skb, ingress_ifindex);
+    let (source, destination) = (segment.source.address, segment.destination.address);
+    match (source.v4_be(), destination.v4_be()) {
+        (Some(source), Some(destination)) => {
+            params.family = AF_INET as u8;
+            params.__bindgen_anon_3.ipv4_src = source;
+            params.__bindgen_anon_4.ipv4_dst = destination;
+        }
+        _ => {
+            params.family = AF_INET6 as u8;
+            params.__bindgen_anon_3.ipv6_src = source.words();
+            params.__bindgen_anon_4.ipv6_dst = destination.words();
+        }
+    }
+    let size = size_of::<bpf_fib_lookup>() as i32;
+    // SAFETY: verified: the struct is on the stack and `size` bytes long.
+    let verdict = unsafe { fib_lookup(ctx.as_ptr(), &raw mut params, size, 0) };
+    // A host that does not forward says so before it looks; all it gets is its own.
+    verdict == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED)
+        || verdict == i64::from(BPF_FIB_LKUP_RET_FWD_DISABLED)
+}
+
+/// An `skb` from its network header on, linear or not.
+struct Skb<'a>(&'a TcContext);
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn load<H: Header>(&self, offset: u32) -> Option<H> {
+        const FROM_NETWORK_HEADER: u32 = 1;
+        let mut header = core::mem::MaybeUninit::<H>::uninit();
+        // SAFETY: verified: the destination is on the stack and as long as said.
+        let error = unsafe {
+            bpf_skb_load_bytes_relative(
+                self.0.as_ptr().cast(),
+                offset,
+                header.as_mut_ptr().cast::<c_void>(),
+                size_of::<H>() as u32,
+                FROM_NETWORK_HEADER,
+            )
+        };
+        // SAFETY: the helper filled all of it, and any bytes are a valid header.
+        (error == 0).then(|| unsafe { header.assume_init() })
+    }
+}

@@ -1,0 +1,226 @@
+//! Handles on an instance's pinned maps.
+
+use std::{collections::HashSet, net::IpAddr, path::Path};
+
+use aya::{
+    Pod as MapValue,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues, SockHash},
+    util::nr_cpus,
+};
+use srcip_common::{
+    LAYOUT_VERSION,
+    counters::Counters,
+    keys::{AddressKey, ConnectionKey, ListenerKey, RegisteredKey},
+    pod::{Pod, STEER},
+};
+
+use super::{
+    error::{BpfContext as _, Error, Result},
+    pins::Pins,
+    record::Record,
+};
+use crate::netns::NetnsCookie;
+
+/// Fits a map value; see `ATTACHMENTS` on the eBPF side.
+const RECORD_SIZE: usize = 4096;
+
+/// The maps of one instance.
+pub struct Maps {
+    attachments: HashMap<MapData, u64, [u8; RECORD_SIZE]>,
+    pods: HashMap<MapData, u64, Pod>,
+    counters: PerCpuHashMap<MapData, u64, Counters>,
+    addresses: HashMap<MapData, AddressKey, u8>,
+    listeners: SockHash<MapData, ListenerKey>,
+    registered: HashMap<MapData, RegisteredKey, u8>,
+    pending: HashMap<MapData, ConnectionKey, u64>,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Maps").finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    /// Checks that the pinned maps, if there are any, are laid out as this version expects.
+    pub fn check_layout(pins: &Pins) -> Result<()> {
+        let path = pins.maps().join("LAYOUT");
+        if !path.exists() {
+            return Ok(());
+        }
+        let layout: Array<MapData, u32> = open(&path, Map::Array)?;
+        let found = layout.get(&0, 0).bpf(|| format!("read {}", path.display()))?;
+        // 0: whoever made the maps was interrupted before it wrote its number, so nothing is in them.
+        if found != 0 && found != LAYOUT_VERSION {
+            return Err(Error::OtherVersion {
+                path: pins.root().to_owned(),
+                found,
+                expected: LAYOUT_VERSION,
+            });
+        }
+        Ok(())
+    }
+
+    /// Writes the layout's number into freshly made maps.
+    pub fn stamp_layout(pins: &Pins) -> Result<()> {
+        let path = pins.maps().join("LAYOUT");
+        let mut layout: Array<MapData, u32> = open(&path, Map::Array)?;
+        layout.set(0, LAYOUT_VERSION, 0).bpf(|| format!("write {}", path.display()))
+    }
+
+    /// Opens the maps of an instance.
+    pub fn open(pins: &Pins) -> Result<Self> {
+        let maps = pins.maps();
+        Ok(Self {
+            attachments: open(&maps.join("ATTACHMENTS"), Map::HashMap)?,
+            pods: open(&maps.join("PODS"), Map::HashMap)?,
+            counters: open(&maps.join("COUNTERS"), Map::PerCpuHashMap)?,
+            addresses: open(&maps.join("ADDRESSES"), Map::HashMap)?,
+            listeners: open(&maps.join("LISTENERS"), Map::SockHash)?,
+            registered: open(&maps.join("REGISTERED"), Map::LruHashMap)?,
+            pending: open(&maps.join("PENDING"), Map::LruHashMap)?,
+        })
+    }
+
+    /// What is remembered of all attachments, by name.
+    pub fn records(&self) -> Result<Vec<Record>> {
+        let mut records = Vec::new();
+        for entry in self.attachments.iter() {
+            let (cookie, value) = entry.bpf(|| "read the map ATTACHMENTS".to_owned())?;
+            records.push(decode(cookie, &value)?);
+        }
+        records.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(records)
+    }
+
+    /// What is remembered of one attachment.
+    pub fn record(&self, cookie: NetnsCookie) -> Result<Option<Record>> {
+        match self.attachments.get(&cookie.0, 0) {
+            Ok(value) => decode(cookie.0, &value).map(Some),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).bpf(|| "read the map ATTACHMENTS".to_owned()),
+        }
+    }
+
+    /// Remembers an attachment.
+    pub fn store_record(&mut self, record: &Record) -> Result<()> {
+        let failed =
+            |problem: &str| Error::Record { name: record.name.clone(), problem: problem.to_owned() };
+        let json = serde_json::to_vec(record).map_err(|error| failed(&error.to_string()))?;
+        let mut value = [0; RECORD_SIZE];
+        // A zero byte ends it, so one must be left.
+        if json.len() >= RECORD_SIZE {
+            return Err(failed("is longer than 4 KiB; write the port lists as ranges"));
+        }
+        value[..json.len()].copy_from_slice(&json);
+        let stored = self.attachments.insert(record.netns_cookie.0, value, 0);
+        stored.bpf(|| "write the map ATTACHMENTS: 1024 pods are the most".to_owned())
+    }
+
+    /// Gives a pod its settings, and its counters if it has none yet.
+    pub fn store_pod(&mut self, cookie: NetnsCookie, pod: Pod) -> Result<()> {
+        if let Err(MapError::KeyNotFound) = self.counters.get(&cookie.0, 0) {
+            let cpus = nr_cpus().map_err(|(path, error)| (path.to_owned(), error));
+            let cpus = cpus.map_err(|(path, error)| format!("{path}: {error}"));
+            let zero = vec![Counters::default(); cpus.bpf(|| "count the CPUs".to_owned())?];
+            let zero = PerCpuValues::try_from(zero).bpf(|| "count the CPUs".to_owned())?;
+            let stored = self.counters.insert(cookie.0, zero, 0);
+            stored.bpf(|| "write the map COUNTERS".to_owned())?;
+        }
+        self.pods.insert(cookie.0, pod, 0).bpf(|| "write the map PODS".to_owned())
+    }
+
+    /// Stops steering; upstream legs are served on.
+    pub fn stop_steering(&mut self, cookie: NetnsCookie) -> Result<()> {
+        match self.pods.get(&cookie.0, 0) {
+            Ok(mut pod) => {
+                pod.flags &= !STEER;
+                self.pods.insert(cookie.0, pod, 0).bpf(|| "write the map PODS".to_owned())
+            }
+            Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(error).bpf(|| "read the map PODS".to_owned()),
+        }
+    }
+
+    /// Notes the addresses of a pod; those it no longer has are forgotten.
+    pub fn store_addresses(&mut self, cookie: NetnsCookie, addresses: &[IpAddr]) -> Result<()> {
+        let current: HashSet<AddressKey> = addresses
+            .iter()
+            .map(|&ip| AddressKey { netns: cookie.0, address: ip.into() })
+            .collect();
+        for key in &current {
+            self.addresses.insert(key, 1, 0).bpf(|| "write the map ADDRESSES".to_owned())?;
+        }
+        remove_keys(&mut self.addresses, |key| key.netns == cookie.0 && !current.contains(key))
+    }
+
+    /// Addresses of a pod: configured, and learned since.
+    pub fn addresses(&self, cookie: NetnsCookie) -> HashSet<IpAddr> {
+        let keys = self.addresses.keys().filter_map(Result::ok);
+        keys.filter(|key| key.netns == cookie.0).map(|key| key.address.into()).collect()
+    }
+
+    /// The counters of a pod, all CPUs together.
+    pub fn counters(&self, cookie: NetnsCookie) -> Result<Counters> {
+        let mut sum = Counters::default();
+        match self.counters.get(&cookie.0, 0) {
+            Ok(values) => values.iter().for_each(|value| sum += *value),
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => Err(error).bpf(|| "read the map COUNTERS".to_owned())?,
+        }
+        Ok(sum)
+    }
+
+    /// How many listeners on `port` wait in slots.
+    pub fn registered_listeners(&self, cookie: NetnsCookie, port: u16) -> usize {
+        let keys = self.listeners.keys().filter_map(Result::ok);
+        keys.filter(|key| key.netns == cookie.0 && key.port == port).count()
+    }
+
+    /// Forgets a pod, its record last: as long as that is there, the job can be taken up again.
+    pub fn forget(&mut self, cookie: NetnsCookie) -> Result<()> {
+        let netns = cookie.0;
+        remove_keys(&mut self.pods, |key| *key == netns)?;
+        let listeners: Vec<_> = self.listeners.keys().filter_map(Result::ok).collect();
+        for key in listeners.into_iter().filter(|key| key.netns == netns) {
+            tolerate_missing(self.listeners.remove(&key))?;
+        }
+        remove_keys(&mut self.registered, |key| key.netns == netns)?;
+        remove_keys(&mut self.pending, |key| key.netns == netns)?;
+        remove_keys(&mut self.addresses, |key| key.netns == netns)?;
+        tolerate_missing(self.counters.remove(&netns))?;
+        remove_keys(&mut self.attachments, |key| *key == netns)
+    }
+}
+
+fn decode(cookie: u64, value: &[u8; RECORD_SIZE]) -> Result<Record> {
+    let json = value.split(|&byte| byte == 0).next().unwrap_or_default();
+    serde_json::from_slice(json).map_err(|error| Error::Record {
+        name: format!("netns cookie {cookie}"),
+        problem: format!("cannot be read ({error}); `srcip cleanup` removes it"),
+    })
+}
+
+fn open<T: TryFrom<Map, Error = MapError>>(path: &Path, kind: fn(MapData) -> Map) -> Result<T> {
+    let data = MapData::from_pin(path).bpf(|| format!("open the pinned map {}", path.display()))?;
+    T::try_from(kind(data)).bpf(|| format!("use the pinned map {}", path.display()))
+}
+
+fn remove_keys<K: MapValue, V: MapValue>(
+    map: &mut HashMap<MapData, K, V>,
+    wanted: impl Fn(&K) -> bool,
+) -> Result<()> {
+    // First all keys, then the removals: removing while iterating restarts the iteration.
+    let keys: Vec<K> = map.keys().filter_map(Result::ok).filter(|key| wanted(key)).collect();
+    keys.iter().try_for_each(|key| tolerate_missing(map.remove(key)))
+}
+
+fn tolerate_missing(result: Result<(), MapError>) -> Result<()> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
+            Ok(())
+        }
+        result => result.bpf(|| "remove a key from a map".to_owned()),
+    }
+}

@@ -1,0 +1,71 @@
+//! The data plane: what is in the kernel, and how it gets there and away again.
+//!
+//! - [`record`]: what an attachment is. [`pins`], [`maps`]: where it is kept.
+//! - [`attach`], [`detach`], [`status`]: what can be done with it.
+//! - [`engine`]: the two ways to steer, `sk_lookup` and `tc`; [`hooks`]: what both need on the node.
+
+pub mod attach;
+pub mod detach;
+pub mod engine;
+pub mod error;
+pub mod hooks;
+pub mod maps;
+mod object;
+pub mod pins;
+pub mod record;
+mod sk_lookup;
+pub mod status;
+mod tc;
+
+use std::path::PathBuf;
+
+use error::{Error, Result};
+use maps::Maps;
+use pins::Pins;
+use record::Record;
+
+use crate::{
+    netns::{Netns, NetnsCookie},
+    routing::RoutingError,
+};
+
+/// One instance of the data plane: everything below one pin path.
+#[derive(Debug)]
+pub struct Dataplane {
+    pins: Pins,
+}
+
+impl Dataplane {
+    /// The instance at `pin_path`, which need not exist.
+    pub fn new(pin_path: PathBuf) -> Self {
+        Self { pins: Pins::new(pin_path) }
+    }
+
+    /// All attachments, by name.
+    pub fn records(&self) -> Result<Vec<Record>> {
+        let Some(_lock) = self.pins.lock()? else { return Ok(Vec::new()) };
+        Maps::check_layout(&self.pins)?;
+        if !self.pins.maps().join("ATTACHMENTS").exists() {
+            return Ok(Vec::new());
+        }
+        Maps::open(&self.pins)?.records()
+    }
+
+    /// The attachment of a name.
+    pub fn find_name(&self, name: &str) -> Result<Record> {
+        let mut records = self.records()?.into_iter();
+        records.find(|r| r.name == name).ok_or_else(|| Error::NotAttached(name.to_owned()))
+    }
+
+    /// The attachment of a network namespace.
+    pub fn find_cookie(&self, cookie: NetnsCookie, path: &str) -> Result<Record> {
+        let mut records = self.records()?.into_iter();
+        records
+            .find(|r| r.netns_cookie == cookie)
+            .ok_or_else(|| Error::NotAttached(path.to_owned()))
+    }
+}
+
+fn in_netns(error: RoutingError, netns: &Netns) -> Error {
+    Error::Routing(error, Some(netns.path().display().to_string()))
+}

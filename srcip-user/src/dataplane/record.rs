@@ -1,0 +1,221 @@
+//! What an attachment is: as asked for, and as remembered.
+
+use std::{fmt, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+use srcip_common::pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER};
+
+use crate::{
+    netns::{Netns, NetnsCookie},
+    ports::{PortList, UpstreamPortList, steered_ports},
+    routing::{Device, ReturnRoute},
+};
+
+/// Istio's own ports, never steered: merged telemetry and health (15020), readiness (15021), Envoy's
+/// Prometheus endpoint (15090). Kubelets and scrapers reach them directly.
+pub const ISTIO_PORTS: [u16; 3] = [15020, 15021, 15090];
+
+/// A way to hand connections to the proxy's listener.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineKind {
+    /// An `sk_lookup` program in the pod's network namespace.
+    SkLookup,
+    /// A `tc` program on the pod's devices.
+    Tc,
+}
+
+impl fmt::Display for EngineKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::SkLookup => "sk-lookup",
+            Self::Tc => "tc",
+        })
+    }
+}
+
+/// How the `tc` engine attaches.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TcHook {
+    /// A tcx link, Linux 6.6.
+    Tcx,
+    /// A filter of the `clsact` queueing discipline.
+    Clsact,
+}
+
+/// What happens to connections while the proxy does not listen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnProxyDown {
+    /// Refuse them: what the proxy would check is not skipped.
+    Drop,
+    /// Let them through to the application.
+    Pass,
+}
+
+/// When an upstream leg's source port is chosen.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum UpstreamPortAt {
+    /// At `connect`, for proxies that bind with `IP_BIND_ADDRESS_NO_PORT`: Envoy, HAProxy, nginx.
+    Connect,
+    /// At `bind`, for proxies that take their port there.
+    Bind,
+}
+
+/// What to attach, and how.
+#[derive(Debug)]
+pub struct AttachSpec {
+    /// The pod's network namespace.
+    pub netns: Netns,
+    /// A name for it; the path's last part if not given.
+    pub name: Option<String>,
+    /// The settings.
+    pub settings: Settings,
+    /// The engine, or `None` to pick one.
+    pub engine: Option<EngineKind>,
+    /// The `tc` engine's hook, or `None` to pick one.
+    pub tc_hook: Option<TcHook>,
+    /// The cgroup for the node-wide hooks.
+    pub cgroup: CgroupChoice,
+    /// Whether the host's own network namespace may be steered.
+    pub host_netns: bool,
+}
+
+/// Where the node-wide hooks go.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum CgroupChoice {
+    /// The root of cgroup v2.
+    Root,
+    /// A cgroup v2 directory.
+    Path(PathBuf),
+    /// Nowhere: the proxy does for itself what the hooks would.
+    None,
+}
+
+/// The settings of an attachment; attaching again changes them in place.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Settings {
+    /// Port of the proxy's listener.
+    pub proxy_port: u16,
+    /// Ports to steer.
+    pub include: PortList,
+    /// Ports not to steer.
+    pub exclude: PortList,
+    /// While the proxy does not listen.
+    pub on_proxy_down: OnProxyDown,
+    /// The return route.
+    pub route: ReturnRoute,
+    /// Source ports of upstream legs.
+    pub upstream_ports: UpstreamPortList,
+    /// When those are chosen.
+    pub upstream_port_at: UpstreamPortAt,
+}
+
+impl Settings {
+    /// What the programs need of them.
+    pub fn pod(&self) -> Pod {
+        let own = [&[self.proxy_port], &ISTIO_PORTS[..]].concat();
+        let mut flags = STEER;
+        if self.on_proxy_down == OnProxyDown::Pass {
+            flags |= PASS_WHEN_PROXY_DOWN;
+        }
+        if self.upstream_port_at == UpstreamPortAt::Bind {
+            flags |= CHOOSE_PORT_AT_BIND;
+        }
+        Pod::new(
+            steered_ports(&self.include, &self.exclude, &own),
+            self.upstream_ports.ports,
+            self.route.mark,
+            self.proxy_port,
+            flags,
+        )
+    }
+}
+
+/// How far an attachment has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// Begun; if nobody is at it, it was interrupted, and attach or detach finishes the job.
+    Attaching,
+    /// Steering.
+    Attached,
+    /// No longer steering; the return route waits for upstream connections to end.
+    Draining,
+}
+
+/// What is remembered of an attachment, as JSON in the kernel, next to what it describes.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Its name.
+    pub name: String,
+    /// The path it was attached by.
+    pub netns: PathBuf,
+    /// The namespace's cookie.
+    pub netns_cookie: NetnsCookie,
+    /// How far it has come.
+    pub state: State,
+    /// The engine.
+    pub engine: EngineKind,
+    /// Why this one.
+    pub engine_reason: String,
+    /// Port of the proxy's listener.
+    pub proxy_port: u16,
+    /// Ports to steer, as written.
+    pub include_inbound_ports: String,
+    /// Ports not to steer, as written.
+    pub exclude_inbound_ports: String,
+    /// While the proxy does not listen.
+    pub on_proxy_down: OnProxyDown,
+    /// Routing mark of upstream legs.
+    pub mark: u32,
+    /// Number of the return route's table.
+    pub route_table: u32,
+    /// Source ports of upstream legs, as written.
+    pub upstream_ports: String,
+    /// When those are chosen.
+    pub upstream_port_at: UpstreamPortAt,
+    /// Where the node-wide hooks are; none if this attachment does without.
+    pub cgroup: Option<PathBuf>,
+    /// `net.ipv4.tcp_fwmark_accept` before, to be put back.
+    pub previous_fwmark_accept: u8,
+    /// Where the `tc` engine sits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tc_devices: Vec<TcDevice>,
+}
+
+/// A device with the `tc` engine's program.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TcDevice {
+    /// The device.
+    #[serde(flatten)]
+    pub device: Device,
+    /// How it is attached.
+    pub hook: TcHook,
+    /// Whether the `clsact` queueing discipline is ours to remove.
+    pub created_clsact: bool,
+}
+
+impl Record {
+    /// The return route.
+    pub fn route(&self) -> ReturnRoute {
+        ReturnRoute { mark: self.mark, table: self.route_table }
+    }
+
+    /// What this attachment cannot promise, in words for people.
+    pub fn missing_guarantees(&self) -> Vec<&'static str> {
+        let mut missing = Vec::new();
+        if self.cgroup.is_none() {
+            missing.push("upstream connections are not marked: the proxy must set the mark itself");
+            missing.push(
+                "upstream source ports are not chosen: a client that connects from a mirrored port hangs",
+            );
+        }
+        if self.engine == EngineKind::Tc {
+            missing.push("connections are dropped, not refused, while the proxy does not listen");
+        }
+        missing
+    }
+}

@@ -1,0 +1,80 @@
+//! The default engine: an `sk_lookup` program in the pod's network namespace.
+
+use std::io::Read as _;
+
+use aya::{
+    Btf,
+    programs::{Iter, SkLookup},
+};
+
+use super::{
+    engine::Engine,
+    error::{BpfContext as _, Result, load_error},
+    hooks::pin_link,
+    object,
+    pins::{Pins, make_directory, remove_tree},
+    record::{EngineKind, Record},
+};
+use crate::netns::Netns;
+
+const PROGRAM: &str = "srcip_sk_lookup";
+const ITERATOR: &str = "srcip_iter_tcp";
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct SkLookupEngine;
+
+impl Engine for SkLookupEngine {
+    fn kind(&self) -> EngineKind {
+        EngineKind::SkLookup
+    }
+
+    fn attach(
+        &self,
+        pins: &Pins,
+        netns: &Netns,
+        record: &mut Record,
+        _remember: &mut dyn FnMut(&Record) -> Result<()>,
+    ) -> Result<()> {
+        let cookie = record.netns_cookie;
+        let mut object = object::load(pins, Some(cookie))?;
+
+        // The hooks register listeners from now on; this finds those that were there before.
+        let iterator: &mut Iter = object::program(&mut object, ITERATOR)?;
+        let btf = Btf::from_sys_fs().bpf(|| "read the kernel's BTF".to_owned())?;
+        iterator.load("tcp", &btf).map_err(|error| load_error(ITERATOR, error))?;
+        let link = iterator.attach().and_then(|id| iterator.take_link(id));
+        let link = link.bpf(|| format!("attach {ITERATOR}"))?;
+        let read = netns.run(move || -> std::io::Result<()> {
+            let mut file = link.into_file().map_err(std::io::Error::other)?;
+            file.read_to_end(&mut Vec::new()).map(drop)
+        })?;
+        read.bpf(|| format!("run {ITERATOR} in {}", netns.path().display()))?;
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            match aya_log::EbpfLogger::init(&mut object) {
+                Ok(mut logger) => logger.flush(),
+                Err(error) => tracing::debug!("the programs' log cannot be read: {error}"),
+            }
+        }
+
+        let pin = pins.pod(cookie).join(PROGRAM);
+        if pin.exists() {
+            return Ok(());
+        }
+        let program: &mut SkLookup = object::program(&mut object, PROGRAM)?;
+        program.load().map_err(|error| load_error(PROGRAM, error))?;
+        make_directory(&pins.pod(cookie))?;
+        let link = program.attach(netns).and_then(|id| program.take_link(id));
+        let action = || format!("attach {PROGRAM} to {}", netns.path().display());
+        pin_link(link.bpf(action)?.into(), &pin)?;
+        Ok(())
+    }
+
+    fn detach(&self, pins: &Pins, _netns: Option<&Netns>, record: &Record) -> Result<()> {
+        remove_tree(&pins.pod(record.netns_cookie).join(PROGRAM))
+    }
+
+    fn is_attached(&self, pins: &Pins, record: &Record) -> bool {
+        pins.pod(record.netns_cookie).join(PROGRAM).exists()
+    }
+}

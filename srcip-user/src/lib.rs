@@ -1,0 +1,18 @@
+//! srcip's user-space side: loads the programs, keeps what they need in a pod's network namespace, and
+//! reports what they do.
+//!
+//! - [`cli`]: the command line, one file per verb.
+//! - [`dataplane`]: attach, detach, status; the two engines; pins.
+//! - [`netns`], [`routing`], [`sockets`]: a pod's network namespace, its return route, its sockets.
+//! - [`doctor`]: what a node can run.
+
+pub mod cli;
+pub mod dataplane;
+pub mod doctor;
+pub mod netns;
+pub mod ports;
+pub mod routing;
+pub mod sockets;
+
+/// The compiled eBPF programs.
+pub static EBPF_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/srcip"));

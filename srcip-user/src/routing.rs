@@ -1,0 +1,424 @@
+//! The return route: brings the application's answers, addressed to the client, back to the proxy.
+//!
+//! In the pod's network namespace, per family: one rule that sends marked packets to a table, and one
+//! `local default dev lo` route in that table; and `net.ipv4.tcp_fwmark_accept=1`, which gives the
+//! application's socket the mark that the connection's SYN had.
+//!
+//! Everything here acts on the calling thread's network namespace.
+
+use std::{
+    fs, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
+
+use futures_util::TryStreamExt as _;
+use netlink_packet_route::{
+    address::AddressAttribute,
+    link::{LinkAttribute, LinkFlags},
+    route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
+    tc::{TcAttribute, TcHandle},
+};
+use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
+
+/// Marks rules and routes as ours (`ip rule` shows `proto 213`), so that nothing else is ever removed.
+/// Not taken in `/etc/iproute2/rt_protos`.
+const PROTOCOL: RouteProtocol = RouteProtocol::Other(213);
+
+/// Before the table `main` (32766), after anything an administrator is likely to have put in front.
+const RULE_PRIORITY: u32 = 1337;
+
+/// `LOOPBACK_IFINDEX`: the same in every network namespace.
+const LOOPBACK: u32 = 1;
+
+const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
+
+const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+
+/// Why the return route could not be set up, removed or read.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to {action}: {source}{hint}")]
+pub struct RoutingError {
+    action: String,
+    source: io::Error,
+    hint: &'static str,
+}
+
+type Result<T> = std::result::Result<T, RoutingError>;
+
+/// What a return route is made of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ReturnRoute {
+    /// Routing mark of the upstream legs; matched with the full mask.
+    pub mark: u32,
+    /// Number of the table with the local route.
+    pub table: u32,
+}
+
+/// A rule of somebody else's that matches our mark.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ForeignRule {
+    /// As `ip rule` shows it.
+    pub description: String,
+}
+
+/// A device packets can come in by.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Device {
+    /// Its number in this network namespace.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+}
+
+impl ReturnRoute {
+    /// Adds rules and routes; those already there are left as they are.
+    pub fn install(&self) -> Result<()> {
+        netlink(async |handle| {
+            for family in FAMILIES {
+                if let Err(error) = self.install_family(&handle, &family).await {
+                    // A kernel booted without IPv6 has nothing to return there.
+                    if family == IpVersion::V6 && !Path::new("/proc/net/if_inet6").exists() {
+                        continue;
+                    }
+                    return Err(error);
+                }
+            }
+            Ok(())
+        })
+    }
+
+    async fn install_family(&self, handle: &Handle, family: &IpVersion) -> Result<()> {
+        let hint = "; is lo up? (`ip link set lo up`)";
+        let message = self.route(family);
+        let added = handle.route().add(message).execute().await;
+        tolerate(added, libc::EEXIST).map_err(|source| RoutingError {
+            action: format!("add the local route to table {}", self.table),
+            source,
+            hint,
+        })?;
+        if rules(handle, family).await?.iter().any(|rule| self.is_our_rule(rule)) {
+            return Ok(());
+        }
+        let mut request = handle
+            .rule()
+            .add()
+            .table_id(self.table)
+            .priority(RULE_PRIORITY)
+            .fw_mark(self.mark)
+            .action(RuleAction::ToTable);
+        let message = request.message_mut();
+        message.attributes.push(RuleAttribute::FwMask(u32::MAX));
+        message.attributes.push(RuleAttribute::Protocol(PROTOCOL));
+        let added = match family {
+            IpVersion::V4 => request.v4().execute().await,
+            IpVersion::V6 => request.v6().execute().await,
+        };
+        tolerate(added, libc::EEXIST).map_err(|source| RoutingError {
+            action: format!("add the rule for mark {:#x}", self.mark),
+            source,
+            hint: "",
+        })
+    }
+
+    /// Removes what [`Self::install`] added, and nothing that somebody else did.
+    pub fn remove(&self) -> Result<()> {
+        netlink(async |handle| {
+            for family in FAMILIES {
+                for rule in rules(&handle, &family).await? {
+                    if self.is_our_rule(&rule) {
+                        let removed = handle.rule().del(rule).execute().await;
+                        tolerate(removed, libc::ENOENT).map_err(|source| RoutingError {
+                            action: format!("remove the rule for mark {:#x}", self.mark),
+                            source,
+                            hint: "",
+                        })?;
+                    }
+                }
+                let removed = handle.route().del(self.route(&family)).execute().await;
+                // No such route, or no such table, or no such family.
+                let removed = tolerate(removed, libc::ESRCH)
+                    .or_else(|e| tolerate_io(e, libc::ENOENT))
+                    .or_else(|e| tolerate_io(e, libc::EAFNOSUPPORT))
+                    .or_else(|e| tolerate_io(e, libc::EOPNOTSUPP));
+                removed.map_err(|source| RoutingError {
+                    action: format!("remove the local route from table {}", self.table),
+                    source,
+                    hint: "",
+                })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Rules of others that look at our mark. Packets that bear it would go where those say.
+    pub fn foreign_rules(&self) -> Result<Vec<ForeignRule>> {
+        netlink(async |handle| {
+            let mut foreign = Vec::new();
+            for family in FAMILIES {
+                let found = rules(&handle, &family).await?;
+                foreign.extend(
+                    found
+                        .iter()
+                        .filter(|rule| !is_ours(rule) && matches_mark(rule, self.mark))
+                        .map(|rule| ForeignRule { description: describe(rule, &family) }),
+                );
+            }
+            Ok(foreign)
+        })
+    }
+
+    /// How many routes of others lie in our table.
+    pub fn foreign_routes(&self) -> Result<usize> {
+        netlink(async |handle| {
+            let mut count = 0;
+            for family in FAMILIES {
+                let request = match family {
+                    IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+                    IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+                };
+                let routes = handle.route().get(request).execute().try_collect::<Vec<_>>().await;
+                count += failing("read the routes", routes)?
+                    .iter()
+                    .filter(|r| table_of(r) == self.table && r.header.protocol != PROTOCOL)
+                    .count();
+            }
+            Ok(count)
+        })
+    }
+
+    fn is_our_rule(&self, rule: &RuleMessage) -> bool {
+        is_ours(rule) && rule.attributes.contains(&RuleAttribute::FwMark(self.mark))
+    }
+
+    fn route(&self, family: &IpVersion) -> RouteMessage {
+        match family {
+            IpVersion::V4 => self.finish(RouteMessageBuilder::<Ipv4Addr>::new()),
+            IpVersion::V6 => self.finish(RouteMessageBuilder::<Ipv6Addr>::new()),
+        }
+    }
+
+    fn finish<T>(&self, builder: RouteMessageBuilder<T>) -> RouteMessage {
+        builder
+            .output_interface(LOOPBACK)
+            .table_id(self.table)
+            .kind(RouteType::Local)
+            .scope(RouteScope::Host)
+            .protocol(PROTOCOL)
+            .build()
+    }
+}
+
+fn is_ours(rule: &RuleMessage) -> bool {
+    rule.attributes.contains(&RuleAttribute::Protocol(PROTOCOL))
+}
+
+fn matches_mark(rule: &RuleMessage, mark: u32) -> bool {
+    let mut wanted = None;
+    let mut mask = u32::MAX;
+    for attribute in &rule.attributes {
+        match attribute {
+            RuleAttribute::FwMark(value) => wanted = Some(*value),
+            RuleAttribute::FwMask(value) => mask = *value,
+            _ => {}
+        }
+    }
+    wanted.is_some_and(|wanted| mark & mask == wanted & mask)
+}
+
+fn describe(rule: &RuleMessage, family: &IpVersion) -> String {
+    let mut text = String::from(match family {
+        IpVersion::V4 => "IPv4 rule:",
+        IpVersion::V6 => "IPv6 rule:",
+    });
+    for attribute in &rule.attributes {
+        text += &match attribute {
+            RuleAttribute::Priority(value) => format!(" priority {value}"),
+            RuleAttribute::FwMark(value) => format!(" fwmark {value:#x}"),
+            RuleAttribute::FwMask(value) if *value != u32::MAX => format!("/{value:#x}"),
+            RuleAttribute::Table(value) => format!(" lookup {value}"),
+            _ => continue,
+        };
+    }
+    text
+}
+
+fn table_of(route: &RouteMessage) -> u32 {
+    let wide = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    wide.unwrap_or_else(|| route.header.table.into())
+}
+
+async fn rules(handle: &Handle, family: &IpVersion) -> Result<Vec<RuleMessage>> {
+    let rules = handle.rule().get(family.clone()).execute().try_collect().await;
+    match rules {
+        // A kernel without policy routing for that family, or without the family.
+        Err(error) if [libc::EAFNOSUPPORT, libc::EOPNOTSUPP].contains(&errno(&error)) => {
+            Ok(Vec::new())
+        }
+        rules => failing("read the routing rules", rules),
+    }
+}
+
+/// All addresses of the namespace but loopback's.
+pub fn addresses() -> Result<Vec<IpAddr>> {
+    netlink(async |handle| {
+        let messages = handle.address().get().execute().try_collect::<Vec<_>>().await;
+        let messages = failing("read the addresses", messages)?;
+        let mut addresses: Vec<_> = messages
+            .iter()
+            .filter_map(|message| {
+                // On a point-to-point device `Address` is the other end's; `Local` is ours.
+                let local = message.attributes.iter().find_map(|a| match a {
+                    AddressAttribute::Local(ip) => Some(*ip),
+                    _ => None,
+                });
+                local.or_else(|| {
+                    message.attributes.iter().find_map(|a| match a {
+                        AddressAttribute::Address(ip) => Some(*ip),
+                        _ => None,
+                    })
+                })
+            })
+            .filter(|ip| !ip.is_loopback())
+            .collect();
+        addresses.sort();
+        addresses.dedup();
+        Ok(addresses)
+    })
+}
+
+/// All devices of the namespace but loopback.
+pub fn devices() -> Result<Vec<Device>> {
+    netlink(async |handle| {
+        let links = handle.link().get().execute().try_collect::<Vec<_>>().await;
+        let links = failing("read the devices", links)?;
+        Ok(links
+            .into_iter()
+            .filter(|link| !link.header.flags.contains(LinkFlags::Loopback))
+            .filter_map(|link| {
+                let name = link.attributes.into_iter().find_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name),
+                    _ => None,
+                })?;
+                Some(Device { index: link.header.index, name })
+            })
+            .collect())
+    })
+}
+
+/// Whether `lo` is up.
+pub fn loopback_is_up() -> Result<bool> {
+    netlink(async |handle| {
+        let link = handle.link().get().match_index(LOOPBACK).execute().try_next().await;
+        let link = failing("read the loopback device", link)?;
+        Ok(link.is_some_and(|link| link.header.flags.contains(LinkFlags::Up)))
+    })
+}
+
+/// The value of `net.ipv4.tcp_fwmark_accept`. It is there since Linux 3.15.
+pub fn fwmark_accept() -> Result<u8> {
+    let text = failing_io("read net.ipv4.tcp_fwmark_accept", fs::read_to_string(FWMARK_ACCEPT))?;
+    let number = text.trim().parse().map_err(io::Error::other);
+    failing_io("read net.ipv4.tcp_fwmark_accept", number)
+}
+
+/// Sets `net.ipv4.tcp_fwmark_accept`.
+pub fn set_fwmark_accept(value: u8) -> Result<()> {
+    if fwmark_accept()? == value {
+        return Ok(());
+    }
+    fs::write(FWMARK_ACCEPT, value.to_string()).map_err(|source| RoutingError {
+        action: format!("set net.ipv4.tcp_fwmark_accept to {value}"),
+        source,
+        hint: "; a container needs /proc/sys mounted writable for that",
+    })
+}
+
+/// The ephemeral ports that this namespace's own connections use.
+pub fn ephemeral_ports() -> Result<(u16, u16)> {
+    const PATH: &str = "/proc/sys/net/ipv4/ip_local_port_range";
+    let text = failing_io("read net.ipv4.ip_local_port_range", fs::read_to_string(PATH))?;
+    let mut numbers = text.split_whitespace().map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(first)), Some(Ok(last))) => Ok((first, last)),
+        _ => failing_io("read net.ipv4.ip_local_port_range", Err(io::Error::other(text))),
+    }
+}
+
+/// Runs `f` with a netlink connection on this thread, so that it is in this thread's namespace.
+fn netlink<T>(f: impl AsyncFnOnce(Handle) -> Result<T>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+    failing_io("start the netlink connection", runtime)?.block_on(async {
+        let connection = failing_io("open a netlink socket", rtnetlink::new_connection());
+        let (connection, handle, _) = connection?;
+        let connection = tokio::spawn(connection);
+        let result = f(handle).await;
+        connection.abort();
+        result
+    })
+}
+
+fn errno(error: &rtnetlink::Error) -> i32 {
+    match error {
+        rtnetlink::Error::NetlinkError(message) => -message.raw_code(),
+        _ => 0,
+    }
+}
+
+fn into_io(error: rtnetlink::Error) -> io::Error {
+    match errno(&error) {
+        0 => io::Error::other(error),
+        code => io::Error::from_raw_os_error(code),
+    }
+}
+
+fn tolerate<T: Default>(
+    result: std::result::Result<T, rtnetlink::Error>,
+    code: i32,
+) -> io::Result<T> {
+    result.map_err(into_io).or_else(|error| tolerate_io(error, code))
+}
+
+fn tolerate_io<T: Default>(error: io::Error, code: i32) -> io::Result<T> {
+    if error.raw_os_error() == Some(code) { Ok(T::default()) } else { Err(error) }
+}
+
+fn failing<T>(action: &str, result: std::result::Result<T, rtnetlink::Error>) -> Result<T> {
+    failing_io(action, result.map_err(into_io))
+}
+
+fn failing_io<T>(action: &str, result: io::Result<T>) -> Result<T> {
+    result.map_err(|source| RoutingError { action: action.to_owned(), source, hint: "" })
+}
+
+/// Whether a device has the `clsact` queueing discipline.
+pub fn has_clsact(device: &Device) -> Result<bool> {
+    netlink(async |handle| {
+        let mut handle = handle.qdisc();
+        let request = handle.get().index(device.index as i32);
+        let found = request.execute().try_collect::<Vec<_>>().await;
+        let found = failing("read the queueing disciplines", found)?;
+        Ok(found.iter().any(|qdisc| {
+            qdisc.header.index == device.index as i32
+                && qdisc.attributes.contains(&TcAttribute::Kind("clsact".to_owned()))
+        }))
+    })
+}
+
+/// Removes the `clsact` queueing discipline from a device, if it has it.
+pub fn remove_clsact(device: &Device) -> Result<()> {
+    if !has_clsact(device)? {
+        return Ok(());
+    }
+    netlink(async |handle| {
+        let mut handle = handle.qdisc();
+        let mut request = handle.del(device.index as i32);
+        request.message_mut().header.parent = TcHandle::CLSACT;
+        request.message_mut().header.handle = TcHandle::from(0xffff_0000);
+        failing("remove the clsact queueing discipline", request.execute().await)
+    })
+}
