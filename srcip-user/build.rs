@@ -46,9 +46,7 @@ fn has_core_source(toolchain: &str) -> bool {
     let mut rustc = Command::new("rustup");
     rustc.args(["run", toolchain, "rustc", "--print", "sysroot"]);
     // Without rustup there is only one compiler, whatever it is called.
-    let output = rustc
-        .output()
-        .or_else(|_| Command::new("rustc").args(["--print", "sysroot"]).output());
+    let output = rustc.output().or_else(|_| Command::new("rustc").args(["--print", "sysroot"]).output());
     output.is_ok_and(|output| {
         let sysroot = String::from_utf8_lossy(&output.stdout);
         output.status.success()

@@ -41,16 +41,7 @@ impl Pod {
         proxy_port: u16,
         flags: u8,
     ) -> Self {
-        Self {
-            steered_ports,
-            upstream_ports,
-            cursor: 0,
-            mark,
-            proxy_port,
-            flags,
-            padding: 0,
-            padding2: 0,
-        }
+        Self { steered_ports, upstream_ports, cursor: 0, mark, proxy_port, flags, padding: 0, padding2: 0 }
     }
 
     /// Whether all of `flag` is set.

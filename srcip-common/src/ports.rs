@@ -110,9 +110,7 @@ impl UpstreamPorts {
             if range.first == 0 || range.first > range.last {
                 return Err(UpstreamPortsError::Invalid(range));
             }
-            if let Some(&other) =
-                list[..i].iter().find(|r| r.first <= range.last && range.first <= r.last)
-            {
+            if let Some(&other) = list[..i].iter().find(|r| r.first <= range.last && range.first <= r.last) {
                 return Err(UpstreamPortsError::Overlap(other, range));
             }
             ranges[i] = range;
@@ -168,7 +166,7 @@ mod tests {
         #[test]
         fn port_set_is_a_set(
             steps in prop::collection::vec((any::<bool>(), any::<u16>(), 0_u16..300), 0..20),
-            probe: u16,
+            probe in any::<u16>(),
         ) {
             let mut set = PortSet::EMPTY;
             let mut model = BTreeSet::new();
@@ -211,10 +209,7 @@ mod tests {
         assert!(!all.contains(0));
         assert_eq!(UpstreamPorts::new(&[]), Err(UpstreamPortsError::Empty));
         assert_eq!(UpstreamPorts::new(&[range(1, 1); 5]), Err(UpstreamPortsError::TooMany));
-        assert_eq!(
-            UpstreamPorts::new(&[range(0, 7)]),
-            Err(UpstreamPortsError::Invalid(range(0, 7)))
-        );
+        assert_eq!(UpstreamPorts::new(&[range(0, 7)]), Err(UpstreamPortsError::Invalid(range(0, 7))));
         assert_eq!(
             UpstreamPorts::new(&[range(10, 20), range(20, 30)]),
             Err(UpstreamPortsError::Overlap(range(10, 20), range(20, 30)))

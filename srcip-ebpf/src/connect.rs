@@ -3,9 +3,7 @@
 //! Minimum kernel: 5.8 (`bpf_setsockopt` in this program type).
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr,
-    helpers::generated::bpf_get_prandom_u32,
-    macros::cgroup_sock_addr,
+    bindings::bpf_sock_addr, helpers::generated::bpf_get_prandom_u32, macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use srcip_common::{
@@ -25,8 +23,11 @@ use crate::{
 pub const ALLOW: i32 = 1;
 const SOCK_STREAM: u32 = 1;
 
-/// Ports tried in the pod's order, oldest first: they are the likeliest to have left TIME_WAIT.
+/// Ports tried in the pod's order, so that each one rests as long as possible before it is used again.
 const IN_ORDER: u32 = 24;
+/// Of those, the ones that are not taken while the proxy's last connection from them is in TIME_WAIT.
+/// After that they are: when all ports are, the next in order has waited longest.
+const RESTED: u32 = 8;
 /// Ports tried at random after those, to get out of a run of long-lived connections.
 const AT_RANDOM: u32 = 72;
 
@@ -92,11 +93,7 @@ fn prepare(ctx: &SockAddrContext, family: u16) -> Option<()> {
 
 #[inline(always)]
 fn key(netns: u64, source: Endpoint, destination: Endpoint) -> ConnectionKey {
-    ConnectionKey::new(
-        netns,
-        (source.address, source.port),
-        (destination.address, destination.port),
-    )
+    ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port))
 }
 
 /// Binds the socket to a source port that neither a client nor another upstream leg uses.
@@ -117,6 +114,7 @@ fn choose_port(
     let mut cursor = pod.cursor;
     while attempt < IN_ORDER + AT_RANDOM {
         let in_order = attempt < IN_ORDER;
+        let take_time_wait = in_order && attempt >= RESTED;
         attempt += 1;
         cursor = if in_order {
             cursor.wrapping_add(1)
@@ -133,7 +131,7 @@ fn choose_port(
         if !maps::reserve_pending(&key) {
             continue;
         }
-        if is_free(ctx, source, destination, in_order)
+        if is_free(ctx, source, destination, take_time_wait)
             && sys::bind(ctx.sock_addr, family, source).is_ok()
         {
             return true;
@@ -155,22 +153,15 @@ pub fn store_cursor(netns: u64, cursor: u32) {
 /// Whether a connection with these ends can be opened: no socket of the application, or of a client
 /// who came from this very port, has them already.
 #[inline(always)]
-fn is_free(
-    ctx: &SockAddrContext,
-    source: Endpoint,
-    destination: Endpoint,
-    take_time_wait: bool,
-) -> bool {
+fn is_free(ctx: &SockAddrContext, source: Endpoint, destination: Endpoint, take_time_wait: bool) -> bool {
     match sys::receiver_state(ctx, source, destination) {
-        None | Some(tcp_state::LISTEN) => {}
-        // A SYN reopens it: the kernel allows that to timestamps that have moved on.
-        Some(tcp_state::TIME_WAIT) if take_time_wait => {}
+        // In TIME_WAIT, a SYN reopens it: the kernel allows that to timestamps that have moved on.
+        None | Some(tcp_state::LISTEN | tcp_state::TIME_WAIT) => {}
         Some(_) => return false,
     }
-    // The proxy's own end may be in TIME_WAIT. The kernel reuses it on loopback once it is a second
-    // old, which the order of trying makes likely and chance does not.
-    take_time_wait
-        || !matches!(sys::receiver_state(ctx, destination, source), Some(tcp_state::TIME_WAIT))
+    // The proxy's own end in TIME_WAIT makes connect fail with EADDRNOTAVAIL, unless it is at least a
+    // second old and net.ipv4.tcp_tw_reuse is 1, as attach sets it.
+    take_time_wait || !matches!(sys::receiver_state(ctx, destination, source), Some(tcp_state::TIME_WAIT))
 }
 
 /// The socket's bound source, with port 0 if it has none yet, and where it connects to.

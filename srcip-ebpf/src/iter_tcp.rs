@@ -4,9 +4,7 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::{
-    EbpfContext, bindings::BPF_NOEXIST, cty::c_int, helpers::generated::bpf_map_update_elem,
-};
+use aya_ebpf::{EbpfContext, bindings::BPF_NOEXIST, cty::c_int, helpers::generated::bpf_map_update_elem};
 use aya_log_ebpf::info;
 
 use crate::{
@@ -62,8 +60,7 @@ fn register(ctx: &Iteration) -> Option<()> {
         return None;
     }
     // SAFETY: verified: not null, and the iterator holds the socket while the program runs.
-    let (port, family, state) =
-        unsafe { ((*socket).port, (*socket).family, u32::from((*socket).state)) };
+    let (port, family, state) = unsafe { ((*socket).port, (*socket).family, u32::from((*socket).state)) };
     if state != tcp_state::LISTEN || port != pod.proxy_port {
         return None;
     }
@@ -71,9 +68,8 @@ fn register(ctx: &Iteration) -> Option<()> {
     let registered = listeners::register(netns, port, family, cookie, |key| {
         let map = (&raw const LISTENERS).cast_mut().cast::<c_void>();
         // SAFETY: verified: for a SockHash, an iterator may give the socket itself as the value.
-        let error = unsafe {
-            bpf_map_update_elem(map, (&raw const key).cast(), socket.cast(), BPF_NOEXIST.into())
-        };
+        let error =
+            unsafe { bpf_map_update_elem(map, (&raw const key).cast(), socket.cast(), BPF_NOEXIST.into()) };
         error == 0
     });
     if registered {

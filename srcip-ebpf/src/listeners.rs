@@ -14,8 +14,7 @@ use crate::maps::{self, LISTENERS, REGISTERED};
 pub fn assign(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool {
     // An IPv6 listener also takes IPv4 unless it is IPV6_V6ONLY; the kernel then answers
     // -EAFNOSUPPORT and the search goes on.
-    family == AF_INET && assign_from(ctx, netns, port, AF_INET)
-        || assign_from(ctx, netns, port, AF_INET6)
+    family == AF_INET && assign_from(ctx, netns, port, AF_INET) || assign_from(ctx, netns, port, AF_INET6)
 }
 
 #[inline(always)]

@@ -55,11 +55,8 @@ fn steer(ctx: &SkLookupContext) -> u32 {
         maps::count(netns, |c: &mut Counters| &mut c.passed);
         return SK_PASS;
     }
-    let connection = ConnectionKey::new(
-        netns,
-        (source.address, source.port),
-        (destination.address, destination.port),
-    );
+    let connection =
+        ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port));
     if maps::is_pending(&connection) {
         return SK_PASS;
     }
@@ -103,10 +100,7 @@ impl Lookup {
         Some(Self {
             family,
             source: Endpoint { address: source, port: source_port },
-            destination: Endpoint {
-                address: destination,
-                port: field!(lookup, local_port) as u16,
-            },
+            destination: Endpoint { address: destination, port: field!(lookup, local_port) as u16 },
         })
     }
 }

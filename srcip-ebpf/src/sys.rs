@@ -9,8 +9,8 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{bpf_sock_addr, bpf_sock_tuple, sockaddr},
     helpers::generated::{
-        bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns,
-        bpf_setsockopt, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_setsockopt,
+        bpf_sk_release, bpf_skc_lookup_tcp,
     },
 };
 use srcip_common::{
@@ -57,9 +57,7 @@ pub fn socket_cookie(socket: *mut c_void) -> u64 {
 pub fn set_socket_option(ctx: &impl EbpfContext, option: i32, value: u32) -> Result<(), c_long> {
     let mut value = value;
     // SAFETY: verified: the value is four bytes on the stack.
-    let error = unsafe {
-        bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, option, (&raw mut value).cast(), 4)
-    };
+    let error = unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, option, (&raw mut value).cast(), 4) };
     if error == 0 { Ok(()) } else { Err(error) }
 }
 
@@ -156,11 +154,7 @@ pub fn with_receiver<R>(
 
 /// State of the socket that would receive a segment, if there is one.
 #[inline(always)]
-pub fn receiver_state(
-    ctx: &impl EbpfContext,
-    source: Endpoint,
-    destination: Endpoint,
-) -> Option<u32> {
+pub fn receiver_state(ctx: &impl EbpfContext, source: Endpoint, destination: Endpoint) -> Option<u32> {
     with_receiver(ctx, source, destination, |_, state| state)
 }
 

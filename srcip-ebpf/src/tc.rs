@@ -8,12 +8,9 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC,
-        bpf_fib_lookup,
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup,
     },
-    helpers::generated::{
-        bpf_fib_lookup as fib_lookup, bpf_sk_assign, bpf_skb_load_bytes_relative,
-    },
+    helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_sk_assign, bpf_skb_load_bytes_relative},
     macros::classifier,
     programs::TcContext,
 };
@@ -104,8 +101,7 @@ fn assign(ctx: &TcContext, port: u16, own: Address) -> bool {
         Some(_) => Address::from_v4_be(u32::from_ne_bytes([127, 0, 0, 1])),
         None => Address::from_v6_be([0, 0, 0, 1_u32.to_be()]),
     };
-    assign_at(ctx, Endpoint { address: own, port })
-        || assign_at(ctx, Endpoint { address: loopback, port })
+    assign_at(ctx, Endpoint { address: own, port }) || assign_at(ctx, Endpoint { address: loopback, port })
 }
 
 #[inline(always)]
@@ -147,8 +143,7 @@ fn is_local(ctx: &TcContext, segment: &Segment) -> bool {
     // SAFETY: verified: the struct is on the stack and `size` bytes long.
     let verdict = unsafe { fib_lookup(ctx.as_ptr(), &raw mut params, size, 0) };
     // A host that does not forward says so before it looks; all it gets is its own.
-    verdict == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED)
-        || verdict == i64::from(BPF_FIB_LKUP_RET_FWD_DISABLED)
+    verdict == i64::from(BPF_FIB_LKUP_RET_NOT_FWDED) || verdict == i64::from(BPF_FIB_LKUP_RET_FWD_DISABLED)
 }
 
 /// An `skb` from its network header on, linear or not.

@@ -17,7 +17,7 @@ use crate::{
     },
     netns::Netns,
     ports::{DEFAULT_UPSTREAM_PORTS, UpstreamPortList},
-    routing::{self, ForeignRule, ReturnRoute, RoutingError},
+    routing::{self, ForeignRule, ReturnRoute, RoutingError, Sysctls},
 };
 
 /// How a check came out; the worst one is the report's.
@@ -88,7 +88,7 @@ impl Report {
         let hooks = cgroup.verdict == Verdict::Ok;
         checks.push(cgroup);
         checks.push(bpffs());
-        checks.push(fwmark_accept());
+        checks.push(sysctls());
         if may_probe {
             checks.extend(engines(hooks));
         } else {
@@ -174,9 +174,9 @@ fn bpffs() -> Check {
     }
 }
 
-fn fwmark_accept() -> Check {
-    const NAME: &str = "net.ipv4.tcp_fwmark_accept";
-    match routing::fwmark_accept() {
+fn sysctls() -> Check {
+    const NAME: &str = "tcp_fwmark_accept, tcp_tw_reuse";
+    match Sysctls::read() {
         Ok(_) => ok(NAME, "there"),
         Err(error) => bad(NAME, Verdict::Unable, error.to_string(), "run Linux 3.15 or newer"),
     }
@@ -225,17 +225,10 @@ fn engines(hooks: bool) -> Vec<Check> {
 fn pod(netns: &Netns, options: &Options) -> Vec<Check> {
     let route = ReturnRoute { mark: options.mark, table: options.route_table };
     let looked = netns.run(|| {
-        vec![
-            foreign_rules(route),
-            foreign_routes(route),
-            loopback(),
-            ephemeral_ports(),
-            interception(),
-        ]
+        vec![foreign_rules(route), foreign_routes(route), loopback(), ephemeral_ports(), interception()]
     });
-    let mut checks = looked.unwrap_or_else(|error| {
-        vec![bad("pod", Verdict::Unable, error.to_string(), "run as root")]
-    });
+    let mut checks =
+        looked.unwrap_or_else(|error| vec![bad("pod", Verdict::Unable, error.to_string(), "run as root")]);
     if netns.is_host() {
         checks.push(bad(
             "network namespace",
@@ -256,8 +249,7 @@ fn foreign_rules(route: ReturnRoute) -> Check {
     match route.foreign_rules() {
         Ok(rules) if rules.is_empty() => ok(&name, "free"),
         Ok(rules) => {
-            let rules: Vec<_> =
-                rules.into_iter().map(|ForeignRule { description }| description).collect();
+            let rules: Vec<_> = rules.into_iter().map(|ForeignRule { description }| description).collect();
             bad(
                 &name,
                 Verdict::Limited,

@@ -57,9 +57,7 @@ pub struct NetnsId {
 }
 
 /// The kernel's name for a network namespace, unique until reboot. Programs know pods by it.
-#[derive(
-    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
 pub struct NetnsCookie(pub u64);
 

@@ -125,10 +125,9 @@ impl FromStr for UpstreamPortList {
                 UpstreamPortsError::Empty => "no range given".to_owned(),
                 UpstreamPortsError::TooMany => "more than 4 ranges given; join some".to_owned(),
                 UpstreamPortsError::Invalid(r) => format!("{}-{} is no range", r.first, r.last),
-                UpstreamPortsError::Overlap(a, b) => format!(
-                    "{}-{} and {}-{} overlap; join them",
-                    a.first, a.last, b.first, b.last
-                ),
+                UpstreamPortsError::Overlap(a, b) => {
+                    format!("{}-{} and {}-{} overlap; join them", a.first, a.last, b.first, b.last)
+                }
             })
         })?;
         Ok(Self { text: list.to_string(), ports })

@@ -1,8 +1,7 @@
 //! The return route: brings the application's answers, addressed to the client, back to the proxy.
 //!
 //! In the pod's network namespace, per family: one rule that sends marked packets to a table, and one
-//! `local default dev lo` route in that table; and `net.ipv4.tcp_fwmark_accept=1`, which gives the
-//! application's socket the mark that the connection's SYN had.
+//! `local default dev lo` route in that table; and two sysctls, see [`Sysctls`].
 //!
 //! Everything here acts on the calling thread's network namespace.
 
@@ -34,7 +33,8 @@ const LOOPBACK: u32 = 1;
 
 const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 
-const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
+const FWMARK_ACCEPT: &str = "tcp_fwmark_accept";
+const TW_REUSE: &str = "tcp_tw_reuse";
 
 /// Why the return route could not be set up, removed or read.
 #[derive(Debug, thiserror::Error)]
@@ -256,9 +256,7 @@ async fn rules(handle: &Handle, family: &IpVersion) -> Result<Vec<RuleMessage>> 
     let rules = handle.rule().get(family.clone()).execute().try_collect().await;
     match rules {
         // A kernel without policy routing for that family, or without the family.
-        Err(error) if [libc::EAFNOSUPPORT, libc::EOPNOTSUPP].contains(&errno(&error)) => {
-            Ok(Vec::new())
-        }
+        Err(error) if [libc::EAFNOSUPPORT, libc::EOPNOTSUPP].contains(&errno(&error)) => Ok(Vec::new()),
         rules => failing("read the routing rules", rules),
     }
 }
@@ -319,20 +317,47 @@ pub fn loopback_is_up() -> Result<bool> {
     })
 }
 
-/// The value of `net.ipv4.tcp_fwmark_accept`. It is there since Linux 3.15.
-pub fn fwmark_accept() -> Result<u8> {
-    let text = failing_io("read net.ipv4.tcp_fwmark_accept", fs::read_to_string(FWMARK_ACCEPT))?;
-    let number = text.trim().parse().map_err(io::Error::other);
-    failing_io("read net.ipv4.tcp_fwmark_accept", number)
+/// The sysctls of a pod's network namespace that upstream legs depend on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Sysctls {
+    /// `net.ipv4.tcp_fwmark_accept`, Linux 3.15. 1 gives the application's socket the mark that the
+    /// connection's SYN had, and by that its answers their way back.
+    pub tcp_fwmark_accept: u8,
+    /// `net.ipv4.tcp_tw_reuse`. 1 lets a source port be used again a second after the proxy has closed
+    /// a connection from it, instead of a minute. The default, 2, does so for loopback addresses only,
+    /// and upstream legs have a client's: one client could open 450 connections a second, no more.
+    pub tcp_tw_reuse: u8,
 }
 
-/// Sets `net.ipv4.tcp_fwmark_accept`.
-pub fn set_fwmark_accept(value: u8) -> Result<()> {
-    if fwmark_accept()? == value {
+impl Sysctls {
+    /// What upstream legs need.
+    pub const NEEDED: Self = Self { tcp_fwmark_accept: 1, tcp_tw_reuse: 1 };
+
+    /// Reads them.
+    pub fn read() -> Result<Self> {
+        Ok(Self { tcp_fwmark_accept: read_sysctl(FWMARK_ACCEPT)?, tcp_tw_reuse: read_sysctl(TW_REUSE)? })
+    }
+
+    /// Sets those that differ.
+    pub fn write(&self) -> Result<()> {
+        write_sysctl(FWMARK_ACCEPT, self.tcp_fwmark_accept)?;
+        write_sysctl(TW_REUSE, self.tcp_tw_reuse)
+    }
+}
+
+fn read_sysctl(name: &str) -> Result<u8> {
+    let text = fs::read_to_string(format!("/proc/sys/net/ipv4/{name}"));
+    let value = text.and_then(|text| text.trim().parse().map_err(io::Error::other));
+    failing_io(&format!("read net.ipv4.{name}"), value)
+}
+
+fn write_sysctl(name: &str, value: u8) -> Result<()> {
+    if read_sysctl(name)? == value {
         return Ok(());
     }
-    fs::write(FWMARK_ACCEPT, value.to_string()).map_err(|source| RoutingError {
-        action: format!("set net.ipv4.tcp_fwmark_accept to {value}"),
+    let written = fs::write(format!("/proc/sys/net/ipv4/{name}"), value.to_string());
+    written.map_err(|source| RoutingError {
+        action: format!("set net.ipv4.{name} to {value}"),
         source,
         hint: "; a container needs /proc/sys mounted writable for that",
     })
@@ -376,10 +401,7 @@ fn into_io(error: rtnetlink::Error) -> io::Error {
     }
 }
 
-fn tolerate<T: Default>(
-    result: std::result::Result<T, rtnetlink::Error>,
-    code: i32,
-) -> io::Result<T> {
+fn tolerate<T: Default>(result: std::result::Result<T, rtnetlink::Error>, code: i32) -> io::Result<T> {
     result.map_err(into_io).or_else(|error| tolerate_io(error, code))
 }
 

@@ -41,8 +41,8 @@ fn v6_packet(extensions: &[(u8, Vec<u8>)], payload: &[u8]) -> Vec<u8> {
 proptest! {
     #[test]
     fn agrees_with_etherparse_on_v4(
-        source: [u8; 4], destination: [u8; 4], ports: (u16, u16), options in 0_usize..=10,
-        (syn, ack, rst, fin): (bool, bool, bool, bool), payload in prop::collection::vec(any::<u8>(), 0..32),
+        source in any::<[u8; 4]>(), destination in any::<[u8; 4]>(), ports in any::<(u16, u16)>(), options in 0_usize..=10,
+        (syn, ack, rst, fin) in any::<(bool, bool, bool, bool)>(), payload in prop::collection::vec(any::<u8>(), 0..32),
     ) {
         let mut ip = etherparse::Ipv4Header::new(20, 64, IpNumber::TCP, source, destination).unwrap();
         ip.options = Ipv4Options::try_from(&std::vec![1_u8; options * 4][..]).unwrap();
@@ -60,7 +60,7 @@ proptest! {
 
     #[test]
     fn walks_v6_extension_headers(
-        kinds in prop::collection::vec((0_usize..4, 0_u8..4), 0..=MAX_EXTENSIONS), ports: (u16, u16),
+        kinds in prop::collection::vec((0_usize..4, 0_u8..4), 0..=MAX_EXTENSIONS), ports in any::<(u16, u16)>(),
     ) {
         let extensions: Vec<_> = kinds.iter().map(|&(kind, length)| match kind {
             3 => {
@@ -81,7 +81,7 @@ proptest! {
     }
 
     #[test]
-    fn never_panics_and_never_reads_past_the_end(bytes in prop::collection::vec(any::<u8>(), 0..120), v6: bool) {
+    fn never_panics_and_never_reads_past_the_end(bytes in prop::collection::vec(any::<u8>(), 0..120), v6 in any::<bool>()) {
         let mut bytes = bytes;
         if let Some(first) = bytes.first_mut() {
             *first = if v6 { 0x60 } else { 0x40 | (*first & 0xf) };
@@ -90,7 +90,7 @@ proptest! {
     }
 
     #[test]
-    fn later_fragments_are_not_read_as_headers(offset in 1_u16..=0x1fff, more: bool, flags: u8) {
+    fn later_fragments_are_not_read_as_headers(offset in 1_u16..=0x1fff, more in any::<bool>(), flags in any::<u8>()) {
         let mut ip = etherparse::Ipv4Header::new(20, 64, IpNumber::TCP, [10, 0, 0, 1], [10, 0, 0, 2]).unwrap();
         ip.fragment_offset = IpFragOffset::try_new(offset).unwrap();
         ip.more_fragments = more;
@@ -118,8 +118,7 @@ fn first_fragment_of_a_syn_is_told_apart() {
         let tcp = &tcp_header(1, 2, flags)[..length];
         let v6 = v6_packet(&[(extension::FRAGMENT, first.clone())], tcp);
         assert_eq!(parse(&v6[..], ETH_P_IPV6), expected, "v6 flags {flags} length {length}");
-        let mut ip =
-            etherparse::Ipv4Header::new(20, 64, IpNumber::TCP, [1, 1, 1, 1], [2; 4]).unwrap();
+        let mut ip = etherparse::Ipv4Header::new(20, 64, IpNumber::TCP, [1, 1, 1, 1], [2; 4]).unwrap();
         ip.more_fragments = true;
         let mut v4 = Vec::new();
         ip.write(&mut v4).unwrap();

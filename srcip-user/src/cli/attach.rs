@@ -9,9 +9,7 @@ use super::{NetnsArg, output, privileges};
 use crate::{
     dataplane::{
         Dataplane,
-        record::{
-            AttachSpec, CgroupChoice, EngineKind, OnProxyDown, Settings, TcHook, UpstreamPortAt,
-        },
+        record::{AttachSpec, CgroupChoice, EngineKind, OnProxyDown, Settings, TcHook, UpstreamPortAt},
     },
     ports::{DEFAULT_UPSTREAM_PORTS, PortList, UpstreamPortList, parse_port},
     routing::ReturnRoute,
@@ -161,9 +159,7 @@ fn parse_mark(text: &str) -> Result<u32, String> {
 
 fn parse_table(text: &str) -> Result<u32, String> {
     match parse_number(text) {
-        Some(0 | 253..=255) => {
-            Err(format!("table {text} is one of the system's own (default, main, local)"))
-        }
+        Some(0 | 253..=255) => Err(format!("table {text} is one of the system's own (default, main, local)")),
         Some(table) => Ok(table),
         None => Err(format!("{text:?} is not a routing table: expected a number such as 133")),
     }

@@ -50,8 +50,7 @@ impl DoctorArgs {
                 return ExitCode::from(2);
             }
         };
-        let report =
-            Report::make(&Options { netns, mark: self.mark, route_table: self.route_table });
+        let report = Report::make(&Options { netns, mark: self.mark, route_table: self.route_table });
         let printed = match self.output {
             Format::Json | Format::Yaml => print_data(&report, self.output),
             Format::Table | Format::Wide => print_report(&report, !self.no_headers),
@@ -79,8 +78,7 @@ fn print_report(report: &Report, headers: bool) -> anyhow::Result<()> {
                 Verdict::Limited => ("limited", 33),
                 Verdict::Unable => ("missing", 31),
             };
-            let word =
-                if colour { format!("\x1b[{code}m{word}\x1b[0m") } else { word.to_owned() };
+            let word = if colour { format!("\x1b[{code}m{word}\x1b[0m") } else { word.to_owned() };
             vec![word, name.clone(), found.clone(), cure.clone().unwrap_or_default()]
         })
         .collect();

@@ -109,8 +109,7 @@ pub fn main() -> ExitCode {
         }
         Verb::Man => manual().and_then(|page| output::print(&page)).map_err(Into::into),
         Verb::Version => {
-            output::print(format!("srcip {}\n", env!("CARGO_PKG_VERSION")).as_bytes())
-                .map_err(Into::into)
+            output::print(format!("srcip {}\n", env!("CARGO_PKG_VERSION")).as_bytes()).map_err(Into::into)
         }
     };
     match result {
@@ -153,7 +152,9 @@ fn manual() -> io::Result<Vec<u8>> {
         man.render_options_section(&mut section)?;
         // Its sections become subsections of this page's.
         let section = String::from_utf8_lossy(&section).replace("\n.SH ", "\n.SS ");
-        page.extend_from_slice(section.strip_prefix(".SH ").map_or(section.clone(), |s| format!(".SS {s}")).as_bytes());
+        page.extend_from_slice(
+            section.strip_prefix(".SH ").map_or(section.clone(), |s| format!(".SS {s}")).as_bytes(),
+        );
     }
     Ok(page)
 }

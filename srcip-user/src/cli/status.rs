@@ -24,11 +24,18 @@ pub(super) struct StatusArgs {
     no_headers: bool,
 }
 
-const HEADER: [&str; 8] =
-    ["NAME", "ENGINE", "STATE", "PROXY", "LISTENERS", "STEERED", "PASSED", "REFUSED"];
+const HEADER: [&str; 8] = ["NAME", "ENGINE", "STATE", "PROXY", "LISTENERS", "STEERED", "PASSED", "REFUSED"];
 const WIDE: [&str; 10] = [
-    "UPSTREAM", "OVERLAP", "INCLUDE", "EXCLUDE", "ON-PROXY-DOWN", "MARK", "TABLE", "UPSTREAM-PORTS",
-    "NETNS", "WHY-ENGINE",
+    "UPSTREAM",
+    "OVERLAP",
+    "INCLUDE",
+    "EXCLUDE",
+    "ON-PROXY-DOWN",
+    "MARK",
+    "TABLE",
+    "UPSTREAM-PORTS",
+    "NETNS",
+    "WHY-ENGINE",
 ];
 
 impl StatusArgs {

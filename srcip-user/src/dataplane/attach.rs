@@ -2,8 +2,9 @@
 //! finished by running it again.
 
 use super::{
-    Dataplane, engine, hooks, in_netns,
+    Dataplane, engine,
     error::{Error, Result},
+    hooks, in_netns,
     maps::Maps,
     object,
     record::{AttachSpec, EngineKind, Record, State},
@@ -11,7 +12,7 @@ use super::{
 };
 use crate::{
     netns::NetnsCookie,
-    routing::{self, ForeignRule},
+    routing::{self, ForeignRule, Sysctls},
 };
 
 /// What an attach did.
@@ -57,7 +58,7 @@ impl Dataplane {
             return Err(error);
         }
         let was_attached = previous.as_ref().is_some_and(|record| record.state == State::Attached);
-        let fwmark_accept = spec.netns.run(routing::fwmark_accept)?;
+        let sysctls = spec.netns.run(Sysctls::read)?;
         let settings = &spec.settings;
         let mut record = Record {
             name,
@@ -75,10 +76,10 @@ impl Dataplane {
             upstream_ports: settings.upstream_ports.to_string(),
             upstream_port_at: settings.upstream_port_at,
             cgroup,
-            previous_fwmark_accept: match &previous {
-                // Ours is in place already; the value to restore is the one from before.
-                Some(previous) => previous.previous_fwmark_accept,
-                None => fwmark_accept.map_err(|e| in_netns(e, &spec.netns))?,
+            previous_sysctls: match &previous {
+                // Ours are in place already; the values to restore are those from before.
+                Some(previous) => previous.previous_sysctls,
+                None => sysctls.map_err(|e| in_netns(e, &spec.netns))?,
             },
             tc_devices: Vec::new(),
         };
@@ -122,7 +123,7 @@ impl Dataplane {
         let addresses = netns
             .run(|| {
                 route.install()?;
-                routing::set_fwmark_accept(1)?;
+                Sysctls::NEEDED.write()?;
                 routing::addresses()
             })?
             .map_err(|e| in_netns(e, netns))?;
@@ -166,8 +167,7 @@ impl Dataplane {
 
 /// `/run/netns/NAME` -> `NAME`, `/proc/PID/ns/net` -> `pid-PID`.
 fn default_name(spec: &AttachSpec, cookie: NetnsCookie) -> String {
-    let parts: Vec<_> =
-        spec.netns.path().iter().map(|part| part.to_string_lossy().into_owned()).collect();
+    let parts: Vec<_> = spec.netns.path().iter().map(|part| part.to_string_lossy().into_owned()).collect();
     match &parts[..] {
         [_, proc, pid, ns, net] if proc == "proc" && ns == "ns" && net == "net" => {
             format!("pid-{pid}")

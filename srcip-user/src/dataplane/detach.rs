@@ -7,15 +7,16 @@ use std::{
 };
 
 use super::{
-    Dataplane, in_netns,
+    Dataplane,
     error::{Error, Result},
+    in_netns,
     maps::Maps,
     pins::remove_tree,
     record::{Record, State},
 };
 use crate::{
     netns::{Netns, NetnsCookie},
-    routing, sockets,
+    sockets,
 };
 
 /// How often a draining pod is looked at.
@@ -48,9 +49,7 @@ impl Dataplane {
                 return Err(Error::NotAttached(record.name.clone()));
             };
             let mut maps = Maps::open(&self.pins)?;
-            let mut current = maps
-                .record(cookie)?
-                .ok_or_else(|| Error::NotAttached(record.name.clone()))?;
+            let mut current = maps.record(cookie)?.ok_or_else(|| Error::NotAttached(record.name.clone()))?;
             maps.stop_steering(cookie)?;
             current.engine.engine().detach(&self.pins, netns.as_ref(), &current)?;
             current.state = State::Draining;
@@ -109,11 +108,7 @@ impl Dataplane {
     }
 
     /// Connections from a foreign address inside the pod: the proxy's upstream legs.
-    pub fn upstream_connections(
-        &self,
-        cookie: NetnsCookie,
-        netns: Option<&Netns>,
-    ) -> Result<usize> {
+    pub fn upstream_connections(&self, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<usize> {
         let Some(netns) = netns else { return Ok(0) };
         let Ok(maps) = Maps::open(&self.pins) else { return Ok(0) };
         let own = maps.addresses(cookie);
@@ -127,19 +122,14 @@ impl Dataplane {
     }
 
     /// Removes all that an attachment consists of, and the instance if it was the last one.
-    pub(super) fn tear_down(
-        &self,
-        maps: &mut Maps,
-        record: &Record,
-        netns: Option<&Netns>,
-    ) -> Result<()> {
+    pub(super) fn tear_down(&self, maps: &mut Maps, record: &Record, netns: Option<&Netns>) -> Result<()> {
         let cookie = record.netns_cookie;
         record.engine.engine().detach(&self.pins, netns, record)?;
         if let Some(netns) = netns {
             netns
                 .run(|| {
                     record.route().remove()?;
-                    routing::set_fwmark_accept(record.previous_fwmark_accept)
+                    record.previous_sysctls.write()
                 })?
                 .map_err(|e| in_netns(e, netns))?;
         }
@@ -151,9 +141,8 @@ impl Dataplane {
 
     /// Removes the instance if it has no attachment. The caller holds the lock.
     pub(super) fn remove_if_unused(&self) {
-        let used = Maps::open(&self.pins)
-            .and_then(|maps| maps.records())
-            .is_ok_and(|records| !records.is_empty());
+        let used =
+            Maps::open(&self.pins).and_then(|maps| maps.records()).is_ok_and(|records| !records.is_empty());
         if !used && let Err(error) = self.pins.remove_all() {
             tracing::warn!("{error}");
         }

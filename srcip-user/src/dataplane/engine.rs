@@ -86,9 +86,8 @@ pub fn sk_lookup_requirements() -> Vec<Requirement> {
         Requirement {
             name: "iter/tcp (kernel BTF with bpf_iter_tcp)",
             since: "5.8",
-            available: Btf::from_sys_fs().is_ok_and(|btf| {
-                btf.id_by_type_name_kind("bpf_iter_tcp", BtfKind::Func).is_ok()
-            }),
+            available: Btf::from_sys_fs()
+                .is_ok_and(|btf| btf.id_by_type_name_kind("bpf_iter_tcp", BtfKind::Func).is_ok()),
         },
     ]
 }
@@ -98,11 +97,8 @@ pub fn tc_requirements() -> Vec<Requirement> {
     vec![Requirement {
         name: "bpf_sk_assign in tc programs",
         since: "5.7",
-        available: is_helper_supported(
-            ProgramType::SchedClassifier,
-            BpfHelper::BPF_FUNC_sk_assign,
-        )
-        .unwrap_or(false),
+        available: is_helper_supported(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_sk_assign)
+            .unwrap_or(false),
     }]
 }
 
@@ -124,11 +120,9 @@ pub fn choose(wanted: Option<EngineKind>, hooks: bool) -> Result<(EngineKind, St
     match (wanted, sk_lookup) {
         (Some(EngineKind::Tc), _) => Ok((EngineKind::Tc, "asked for".to_owned())),
         (Some(EngineKind::SkLookup), None) => Ok((EngineKind::SkLookup, "asked for".to_owned())),
-        (Some(EngineKind::SkLookup), Some(reason)) => Err(Error::EngineUnavailable {
-            engine: "sk-lookup",
-            reason,
-            cure: "use --engine tc, or auto",
-        }),
+        (Some(EngineKind::SkLookup), Some(reason)) => {
+            Err(Error::EngineUnavailable { engine: "sk-lookup", reason, cure: "use --engine tc, or auto" })
+        }
         (None, None) => Ok((
             EngineKind::SkLookup,
             "the kernel has all it needs, and no program runs per packet".to_owned(),

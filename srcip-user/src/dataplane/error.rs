@@ -130,9 +130,7 @@ pub(crate) trait BpfContext<T> {
     fn bpf(self, action: impl FnOnce() -> String) -> Result<T>;
 }
 
-impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> BpfContext<T>
-    for std::result::Result<T, E>
-{
+impl<T, E: Into<Box<dyn std::error::Error + Send + Sync>>> BpfContext<T> for std::result::Result<T, E> {
     fn bpf(self, action: impl FnOnce() -> String) -> Result<T> {
         self.map_err(|source| Error::Bpf { action: action(), source: source.into() })
     }
@@ -152,11 +150,9 @@ impl<T> FileContext<T> for io::Result<T> {
 /// A program's load error, with the verifier's log if there is one.
 pub(crate) fn load_error(program: &str, error: ProgramError) -> Error {
     match error {
-        ProgramError::LoadError { io_error, verifier_log } => Error::Rejected {
-            program: program.to_owned(),
-            log: verifier_log.to_string(),
-            source: io_error,
-        },
+        ProgramError::LoadError { io_error, verifier_log } => {
+            Error::Rejected { program: program.to_owned(), log: verifier_log.to_string(), source: io_error }
+        }
         other => Error::Bpf { action: format!("load the program {program}"), source: other.into() },
     }
 }

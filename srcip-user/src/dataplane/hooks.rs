@@ -49,10 +49,7 @@ pub fn resolve_cgroup(choice: &CgroupChoice) -> Result<Option<PathBuf>> {
                    --cgroup none`",
         })?,
     };
-    let is_cgroup2 = statfs(&path)
-        .map_err(Into::into)
-        .file("open the cgroup", &path)?
-        .filesystem_type()
+    let is_cgroup2 = statfs(&path).map_err(Into::into).file("open the cgroup", &path)?.filesystem_type()
         == CGROUP2_SUPER_MAGIC;
     if is_cgroup2 {
         Ok(Some(path))

@@ -104,8 +104,7 @@ impl Maps {
 
     /// Remembers an attachment.
     pub fn store_record(&mut self, record: &Record) -> Result<()> {
-        let failed =
-            |problem: &str| Error::Record { name: record.name.clone(), problem: problem.to_owned() };
+        let failed = |problem: &str| Error::Record { name: record.name.clone(), problem: problem.to_owned() };
         let json = serde_json::to_vec(record).map_err(|error| failed(&error.to_string()))?;
         let mut value = [0; RECORD_SIZE];
         // A zero byte ends it, so one must be left.
@@ -127,6 +126,10 @@ impl Maps {
             let stored = self.counters.insert(cookie.0, zero, 0);
             stored.bpf(|| "write the map COUNTERS".to_owned())?;
         }
+        // Where it was, or anywhere: the ports that an attachment before this one used last may not have
+        // rested yet.
+        let mut pod = pod;
+        pod.cursor = self.pods.get(&cookie.0, 0).map_or_else(|_| random(), |pod| pod.cursor);
         self.pods.insert(cookie.0, pod, 0).bpf(|| "write the map PODS".to_owned())
     }
 
@@ -144,10 +147,8 @@ impl Maps {
 
     /// Notes the addresses of a pod; those it no longer has are forgotten.
     pub fn store_addresses(&mut self, cookie: NetnsCookie, addresses: &[IpAddr]) -> Result<()> {
-        let current: HashSet<AddressKey> = addresses
-            .iter()
-            .map(|&ip| AddressKey { netns: cookie.0, address: ip.into() })
-            .collect();
+        let current: HashSet<AddressKey> =
+            addresses.iter().map(|&ip| AddressKey { netns: cookie.0, address: ip.into() }).collect();
         for key in &current {
             self.addresses.insert(key, 1, 0).bpf(|| "write the map ADDRESSES".to_owned())?;
         }
@@ -193,6 +194,12 @@ impl Maps {
     }
 }
 
+/// Good enough to start at different places.
+fn random() -> u32 {
+    use std::hash::{BuildHasher as _, RandomState};
+    RandomState::new().hash_one(()) as u32
+}
+
 fn decode(cookie: u64, value: &[u8; RECORD_SIZE]) -> Result<Record> {
     let json = value.split(|&byte| byte == 0).next().unwrap_or_default();
     serde_json::from_slice(json).map_err(|error| Error::Record {
@@ -218,9 +225,7 @@ fn remove_keys<K: MapValue, V: MapValue>(
 fn tolerate_missing(result: Result<(), MapError>) -> Result<()> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
-            Ok(())
-        }
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         result => result.bpf(|| "remove a key from a map".to_owned()),
     }
 }

@@ -60,9 +60,7 @@ impl Dataplane {
     /// The attachment of a network namespace.
     pub fn find_cookie(&self, cookie: NetnsCookie, path: &str) -> Result<Record> {
         let mut records = self.records()?.into_iter();
-        records
-            .find(|r| r.netns_cookie == cookie)
-            .ok_or_else(|| Error::NotAttached(path.to_owned()))
+        records.find(|r| r.netns_cookie == cookie).ok_or_else(|| Error::NotAttached(path.to_owned()))
     }
 }
 

@@ -113,8 +113,7 @@ impl Pins {
         let no_bpffs = |why: String| Error::NoBpffs { path: self.root.clone(), why };
         // The closest directory that exists says which file system the pins will be on.
         let existing = self.root.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"));
-        let is_bpffs =
-            |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
+        let is_bpffs = |path: &Path| statfs(path).is_ok_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC);
         if is_bpffs(existing) {
             return Ok(());
         }
@@ -122,9 +121,8 @@ impl Pins {
             return Err(no_bpffs(String::new()));
         }
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700")).map_err(|error| {
-            no_bpffs(format!(", and mounting one at {BPFFS} failed: {}", error.desc()))
-        })?;
+        mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700"))
+            .map_err(|error| no_bpffs(format!(", and mounting one at {BPFFS} failed: {}", error.desc())))?;
         tracing::info!("mounted a BPF file system at {BPFFS}");
         Ok(())
     }

@@ -8,7 +8,7 @@ use srcip_common::pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER};
 use crate::{
     netns::{Netns, NetnsCookie},
     ports::{PortList, UpstreamPortList, steered_ports},
-    routing::{Device, ReturnRoute},
+    routing::{Device, ReturnRoute, Sysctls},
 };
 
 /// Istio's own ports, never steered: merged telemetry and health (15020), readiness (15021), Envoy's
@@ -179,8 +179,8 @@ pub struct Record {
     pub upstream_port_at: UpstreamPortAt,
     /// Where the node-wide hooks are; none if this attachment does without.
     pub cgroup: Option<PathBuf>,
-    /// `net.ipv4.tcp_fwmark_accept` before, to be put back.
-    pub previous_fwmark_accept: u8,
+    /// The sysctls as they were before, to be put back.
+    pub previous_sysctls: Sysctls,
     /// Where the `tc` engine sits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tc_devices: Vec<TcDevice>,

@@ -136,9 +136,9 @@ impl Dataplane {
             ));
         }
         match record.state {
-            State::Attaching => problems.push(
-                "the attach was interrupted: attach again, or detach".to_owned(),
-            ),
+            State::Attaching => {
+                problems.push("the attach was interrupted: attach again, or detach".to_owned())
+            }
             State::Attached if !record.engine.engine().is_attached(&self.pins, record) => {
                 problems.push("its program is gone: attach again".to_owned());
             }

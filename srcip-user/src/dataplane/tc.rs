@@ -71,8 +71,7 @@ impl Engine for TcEngine {
                 TcHook::Tcx => attach_tcx(pins, netns, &mut object, record, i)?,
                 TcHook::Clsact => {
                     let device = record.tc_devices[i].device.clone();
-                    let exists =
-                        netns.run(|| has_clsact(&device))?.map_err(|e| super::in_netns(e, netns))?;
+                    let exists = netns.run(|| has_clsact(&device))?.map_err(|e| super::in_netns(e, netns))?;
                     if !exists {
                         // Remembered before it is done, so that an interruption leaves nothing behind.
                         record.tc_devices[i].created_clsact = true;
@@ -112,13 +111,7 @@ fn pin(pins: &Pins, record: &Record, device: &Device) -> std::path::PathBuf {
     pins.pod(record.netns_cookie).join(format!("{PROGRAM}_{}", device.index))
 }
 
-fn attach_tcx(
-    pins: &Pins,
-    netns: &Netns,
-    object: &mut Ebpf,
-    record: &Record,
-    index: usize,
-) -> Result<()> {
+fn attach_tcx(pins: &Pins, netns: &Netns, object: &mut Ebpf, record: &Record, index: usize) -> Result<()> {
     let device = &record.tc_devices[index].device;
     let pin = pin(pins, record, device);
     if pin.exists() {

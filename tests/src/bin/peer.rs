@@ -1,0 +1,224 @@
+//! The other ends of a test's connections: an HTTP application like httpbin, a TCP application that
+//! echoes, and clients that hold many connections.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use bytes::BytesMut;
+use clap::{Parser, Subcommand};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{TcpSocket, TcpStream},
+    sync::Semaphore,
+    task::JoinSet,
+    time::timeout,
+};
+
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Subcommand)]
+enum Role {
+    /// An HTTP application.
+    Httpbin { addresses: Vec<SocketAddr> },
+    /// A TCP application: one line with the ends of the connection, then everything comes back.
+    Echo { addresses: Vec<SocketAddr> },
+    /// Opens connections to a TCP application and holds them; reads `check` and `close` from stdin.
+    Hold {
+        to: SocketAddr,
+        #[arg(long)]
+        count: usize,
+        #[arg(long)]
+        at_once: usize,
+        #[arg(long)]
+        from: Vec<IpAddr>,
+    },
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    // As many descriptors as there may be.
+    let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?;
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)?;
+    match Arguments::parse().role {
+        Role::Httpbin { addresses } => serve(addresses, http).await,
+        Role::Echo { addresses } => serve(addresses, echo).await,
+        Role::Hold { to, count, at_once, from } => hold(to, count, at_once, from).await,
+    }
+}
+
+async fn serve<F: Future<Output = Result<()>> + Send + 'static>(
+    addresses: Vec<SocketAddr>,
+    handle: fn(TcpStream) -> F,
+) -> Result<()> {
+    let mut listeners = JoinSet::new();
+    for address in addresses {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.set_reuseport(true)?;
+        socket.bind(address).with_context(|| format!("binding {address}"))?;
+        let listener = socket.listen(65535)?;
+        listeners.spawn(async move {
+            loop {
+                match listener.accept().await {
+                    // A connection that its client gives up is the client's affair.
+                    Ok((stream, _)) => drop(tokio::spawn(handle(stream))),
+                    Err(error) => {
+                        println!("error: accept: {error}");
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
+                }
+            }
+        });
+    }
+    println!("listening");
+    listeners.join_next().await.context("no address to listen on")?.context("a listener ended")
+}
+
+/// HTTP/1.1, as much as a sidecar needs: `/ip`, `/seen`, `/bytes/N`.
+async fn http(mut stream: TcpStream) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let (peer, local) = (stream.peer_addr()?, stream.local_addr()?);
+    let mut buffer = BytesMut::with_capacity(2048);
+    loop {
+        let end = loop {
+            if let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+                break end + 4;
+            }
+            if stream.read_buf(&mut buffer).await? == 0 {
+                return Ok(());
+            }
+        };
+        let head = buffer.split_to(end);
+        let head = String::from_utf8_lossy(&head).to_lowercase();
+        let path = head.split_whitespace().nth(1).unwrap_or("/");
+        let body = match path {
+            "/ip" => format!("{{\"origin\": \"{}\"}}\n", peer.ip().to_canonical()),
+            "/seen" => format!("{peer} {local}"),
+            _ => "ok\n".to_owned(),
+        };
+        let close = head.contains("\r\nconnection: close");
+        let response = format!(
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\nServer: httpbin\r\n{}\r\n{body}",
+            body.len(),
+            if close { "Connection: close\r\n" } else { "" },
+        );
+        stream.write_all(response.as_bytes()).await?;
+        if close {
+            return Ok(());
+        }
+    }
+}
+
+async fn echo(mut stream: TcpStream) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let greeting = format!("{} {}\n", stream.peer_addr()?, stream.local_addr()?);
+    stream.write_all(greeting.as_bytes()).await?;
+    let mut buffer = vec![0; 16 * 1024];
+    // By hand, not by splitting: the end of the input must go out only after all of it has.
+    loop {
+        let read = stream.read(&mut buffer).await?;
+        if read == 0 {
+            stream.shutdown().await?;
+            return Ok(());
+        }
+        stream.write_all(&buffer[..read]).await?;
+    }
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn open(from: Option<IpAddr>, to: SocketAddr) -> Result<BufReader<TcpStream>> {
+    let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(from) = from {
+        // The port is chosen at connect, so that each address has all of them for itself.
+        socket2::SockRef::from(&socket).set_reuse_address(true)?;
+        bind_address_no_port(&socket)?;
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    let stream = timeout(PATIENCE, socket.connect(to)).await.context("connect hangs")??;
+    let own = stream.local_addr()?.ip();
+    let mut stream = BufReader::with_capacity(128, stream);
+    let mut line = String::new();
+    timeout(PATIENCE, stream.read_line(&mut line)).await.context("no greeting")??;
+    let peer: SocketAddr = line.split_whitespace().next().context("closed at once")?.parse()?;
+    if peer.ip().to_canonical() != own.to_canonical() {
+        bail!("the application sees {peer}, not {own}");
+    }
+    Ok(stream)
+}
+
+fn bind_address_no_port(socket: &TcpSocket) -> Result<()> {
+    use std::os::fd::AsRawFd as _;
+    const IP_BIND_ADDRESS_NO_PORT: libc::c_int = 24;
+    let on: libc::c_int = 1;
+    // SAFETY: the socket is open and the option an int.
+    let error = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            IP_BIND_ADDRESS_NO_PORT,
+            (&raw const on).cast(),
+            size_of_val(&on) as libc::socklen_t,
+        )
+    };
+    if error == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+}
+
+async fn hold(to: SocketAddr, count: usize, at_once: usize, from: Vec<IpAddr>) -> Result<()> {
+    let places = Arc::new(Semaphore::new(at_once));
+    let mut tasks = JoinSet::new();
+    for i in 0..count {
+        let from = (!from.is_empty()).then(|| from[i % from.len()]);
+        let place = Arc::clone(&places).acquire_owned().await?;
+        tasks.spawn(async move {
+            let opened = open(from, to).await;
+            drop(place);
+            opened
+        });
+    }
+    let mut held = Vec::with_capacity(count);
+    for opened in tasks.join_all().await {
+        match opened {
+            Ok(stream) => held.push(stream),
+            Err(error) => println!("error: {error:#}"),
+        }
+    }
+    println!("opened {}", held.len());
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while let Some(line) = lines.next_line().await? {
+        match line.as_str() {
+            "check" => {
+                let mut good = 0;
+                for (i, stream) in held.iter_mut().enumerate() {
+                    match timeout(PATIENCE, check(stream, i)).await {
+                        Ok(Ok(())) => good += 1,
+                        Ok(Err(error)) => println!("error: {error:#}"),
+                        Err(_) => println!("error: no echo"),
+                    }
+                }
+                println!("checked {good}");
+            }
+            _ => break,
+        }
+    }
+    Ok(())
+}
+
+async fn check(stream: &mut BufReader<TcpStream>, i: usize) -> Result<()> {
+    let sent = format!("connection {i}\n");
+    stream.get_mut().write_all(sent.as_bytes()).await?;
+    let mut received = String::new();
+    stream.read_line(&mut received).await?;
+    if received != sent {
+        bail!("sent {sent:?}, received {received:?}");
+    }
+    Ok(())
+}

@@ -1,0 +1,255 @@
+//! Real proxies: unmodified packages, with the configurations that the documentation shows.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context as _, Result, bail};
+use nix::sys::signal::Signal;
+
+use crate::{host::Host, process::Process};
+
+/// The port of every sidecar here, as Istio has it.
+pub const PROXY_PORT: u16 = 15006;
+
+/// A proxy and what it is to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Envoy, HTTP, with the client's address.
+    Envoy,
+    /// Envoy, TCP, with the client's address: one upstream connection per client connection.
+    EnvoyTcp,
+    /// Envoy as a mesh sets it up by default: dials from 127.0.0.6.
+    EnvoyRedirect,
+    /// HAProxy, HTTP, with the client's address.
+    Haproxy,
+    /// HAProxy, TCP, with the client's address.
+    HaproxyTcp,
+    /// HAProxy as a stand-in for [`Self::EnvoyRedirect`].
+    HaproxyRedirect,
+    /// nginx, HTTP, with the client's address.
+    Nginx,
+}
+
+impl Kind {
+    /// The three that speak HTTP with the client's address.
+    pub const HTTP: [Self; 3] = [Self::Envoy, Self::Haproxy, Self::Nginx];
+
+    fn template(self) -> &'static str {
+        match self {
+            Self::Envoy => include_str!("../../deploy/examples/envoy.yaml"),
+            Self::EnvoyTcp => include_str!("../../deploy/examples/envoy-tcp.yaml"),
+            Self::EnvoyRedirect => include_str!("../../deploy/examples/envoy-redirect.yaml"),
+            Self::Haproxy | Self::HaproxyTcp | Self::HaproxyRedirect => {
+                include_str!("../../deploy/examples/haproxy.cfg")
+            }
+            Self::Nginx => include_str!("../../deploy/examples/nginx.conf"),
+        }
+    }
+
+    fn is_envoy(self) -> bool {
+        matches!(self, Self::Envoy | Self::EnvoyTcp | Self::EnvoyRedirect)
+    }
+}
+
+/// Where Envoy is: what `cargo xtask` found or installed.
+pub fn envoy() -> Option<PathBuf> {
+    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/envoy");
+    let named = std::env::var_os("SRCIP_ENVOY").map(PathBuf::from);
+    [named, Some(installed)].into_iter().flatten().find(|path| path.is_file())
+}
+
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// A running proxy.
+#[derive(Debug)]
+pub struct Proxy {
+    kind: Kind,
+    host: String,
+    directory: PathBuf,
+    config: PathBuf,
+    /// Envoy's shared memory has a number per machine, not per network namespace.
+    base_id: u32,
+    epoch: u32,
+    process: Process,
+    /// Processes that a restart has replaced; they end by themselves.
+    replaced: Vec<Process>,
+}
+
+impl Proxy {
+    /// Starts a proxy on `host` and waits until it listens.
+    pub fn start(host: &Host, kind: Kind) -> Result<Self> {
+        Self::start_with(host, kind, |config| config)
+    }
+
+    /// The same with a change to its configuration.
+    pub fn start_with(host: &Host, kind: Kind, change: impl FnOnce(String) -> String) -> Result<Self> {
+        let mut proxy = Self::spawn(host, kind, change)?;
+        proxy.wait_listening(host)?;
+        Ok(proxy)
+    }
+
+    /// The same without waiting.
+    pub fn spawn(host: &Host, kind: Kind, change: impl FnOnce(String) -> String) -> Result<Self> {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let directory = host.directory().join(format!("{}-proxy{number}", host.name()));
+        fs::create_dir_all(&directory)?;
+        let config = change(localise(kind, &directory));
+        let extension = if kind.is_envoy() { "yaml" } else { "conf" };
+        let path = directory.join(format!("proxy.{extension}"));
+        fs::write(&path, config)?;
+        // Unique on this machine as far as this run goes; Envoy takes numbers below 2^32.
+        let base_id = std::process::id() % 40_000 * 1000 + number;
+        let process = launch(host, kind, &directory, &path, base_id, 0, None)?;
+        Ok(Self {
+            kind,
+            host: host.name().to_owned(),
+            directory,
+            config: path,
+            base_id,
+            epoch: 0,
+            process,
+            replaced: Vec::new(),
+        })
+    }
+
+    /// Waits until it listens on [`PROXY_PORT`].
+    pub fn wait_listening(&mut self, host: &Host) -> Result<()> {
+        self.process.wait_until("listens on its port", |_| host.listens(PROXY_PORT))
+    }
+
+    /// Its process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// What it wrote to its access log.
+    pub fn access_log(&self) -> String {
+        fs::read_to_string(self.directory.join("access.log")).unwrap_or_default()
+    }
+
+    /// Reloads its configuration the way its operators do, without a gap: HAProxy starts a process that
+    /// takes the listeners over, nginx gets SIGHUP.
+    pub fn reload(&mut self, host: &Host) -> Result<()> {
+        match self.kind {
+            Kind::Nginx => self.process.signal(Signal::SIGHUP),
+            Kind::Haproxy | Kind::HaproxyTcp => {
+                let old = self.process.pid();
+                let process =
+                    launch(host, self.kind, &self.directory, &self.config, 0, self.epoch + 1, Some(old))?;
+                self.epoch += 1;
+                let previous = std::mem::replace(&mut self.process, process);
+                self.replaced.push(previous);
+                self.wait_replaced()
+            }
+            kind => bail!("{kind:?} has no reload; it has a hot restart"),
+        }
+    }
+
+    /// Envoy's hot restart: the new process takes listeners and statistics over from the old one, which
+    /// then drains and ends.
+    pub fn hot_restart(&mut self, host: &Host) -> Result<()> {
+        let epoch = self.epoch + 1;
+        let process = launch(host, self.kind, &self.directory, &self.config, self.base_id, epoch, None)?;
+        self.epoch = epoch;
+        let previous = std::mem::replace(&mut self.process, process);
+        self.replaced.push(previous);
+        self.process.wait_until("takes over", |p| p.log().contains("starting main dispatch loop"))?;
+        self.wait_replaced()
+    }
+
+    fn wait_replaced(&mut self) -> Result<()> {
+        let host = &self.host;
+        for old in &mut self.replaced {
+            old.wait(std::time::Duration::from_secs(30))
+                .with_context(|| format!("the replaced proxy on {host} has to end"))?;
+        }
+        self.replaced.clear();
+        Ok(())
+    }
+
+    /// Ends it at once.
+    pub fn kill(mut self) {
+        if self.kind == Kind::Nginx {
+            // Its workers outlive a master that is killed; told to end, it takes them along.
+            let _ = self.process.signal(Signal::SIGTERM);
+            let _ = self.process.wait(std::time::Duration::from_secs(10));
+        }
+        self.process.kill();
+    }
+}
+
+/// The example, with its files in `directory`.
+fn localise(kind: Kind, directory: &Path) -> String {
+    let file = |name: &str| directory.join(name).display().to_string();
+    let template = kind.template();
+    match kind {
+        Kind::Envoy | Kind::EnvoyTcp | Kind::EnvoyRedirect => {
+            template.replace("/dev/stdout", &file("access.log"))
+        }
+        Kind::Haproxy => template.replace("/run/haproxy-sidecar.sock", &file("admin.sock")),
+        Kind::HaproxyTcp => template
+            .replace("/run/haproxy-sidecar.sock", &file("admin.sock"))
+            .replace("mode http\n", "mode tcp\n")
+            .replace("    http-response set-header via haproxy\n", ""),
+        Kind::HaproxyRedirect => template
+            .replace("/run/haproxy-sidecar.sock", &file("admin.sock"))
+            .replace("source 0.0.0.0 usesrc clientip", "source 127.0.0.6")
+            // With REDIRECT, the socket's own address is the proxy's; conntrack knows the other one.
+            .replace(
+                "default_backend application",
+                "http-request set-dst dst\n    default_backend application",
+            ),
+        Kind::Nginx => template.replace("/run/nginx-sidecar.pid", &file("nginx.pid")).replace(
+            "http {\n",
+            &format!(
+                "http {{\n    client_body_temp_path {0};\n    proxy_temp_path {0};\n    \
+                 fastcgi_temp_path {0};\n    uwsgi_temp_path {0};\n    scgi_temp_path {0};\n",
+                file("temp")
+            ),
+        ),
+    }
+}
+
+fn launch(
+    host: &Host,
+    kind: Kind,
+    directory: &Path,
+    config: &Path,
+    base_id: u32,
+    epoch: u32,
+    replaces: Option<u32>,
+) -> Result<Process> {
+    let config = config.display().to_string();
+    let (name, command) = match kind {
+        Kind::Envoy | Kind::EnvoyTcp | Kind::EnvoyRedirect => {
+            let envoy =
+                envoy().context("no Envoy: `cargo xtask setup` installs it, or name one in SRCIP_ENVOY")?;
+            let mut command = host.command(&envoy.display().to_string())?;
+            command.args(["--config-path", &config, "--concurrency", "2", "--log-level", "info"]);
+            command.args(["--base-id", &base_id.to_string(), "--restart-epoch", &epoch.to_string()]);
+            command.args(["--drain-time-s", "1", "--parent-shutdown-time-s", "2"]);
+            command.args(["--socket-path", &format!("@srcip-{base_id}")]);
+            command.args(["--service-cluster", "sidecar", "--service-node", host.name()]);
+            ("envoy", command)
+        }
+        Kind::Haproxy | Kind::HaproxyTcp | Kind::HaproxyRedirect => {
+            let mut command = host.command("/usr/sbin/haproxy")?;
+            command.args(["-db", "-f", &config]);
+            if let Some(pid) = replaces {
+                let socket = directory.join("admin.sock").display().to_string();
+                command.args(["-x", &socket, "-sf", &pid.to_string()]);
+            }
+            ("haproxy", command)
+        }
+        Kind::Nginx => {
+            let mut command = host.command("/usr/sbin/nginx")?;
+            let prefix = directory.display().to_string();
+            command.args(["-p", &prefix, "-c", &config, "-g", "daemon off;"]);
+            ("nginx", command)
+        }
+    };
+    host.start(&format!("{name}-{base_id}-{epoch}"), command)
+}

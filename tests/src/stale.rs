@@ -1,0 +1,88 @@
+//! Removes what a run that was killed left behind.
+//!
+//! Everything a run makes is named `srcip-PID-…` after its process. What bears the number of a process
+//! that no longer runs this program is stale.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use nix::mount::{MntFlags, umount2};
+use srcip_user::dataplane::{Dataplane, hooks::cgroup_root};
+
+/// Where runs keep their files and BPF file systems.
+pub const RUN_DIRECTORY: &str = "/run/srcip-worlds";
+
+/// The names of this process' things start with this.
+pub fn prefix() -> String {
+    format!("srcip-{}-", std::process::id())
+}
+
+/// Whether `name` is one of a run that has ended.
+fn is_stale(name: &str) -> bool {
+    let Some(pid) = name.strip_prefix("srcip-").and_then(|rest| rest.split('-').next()) else {
+        return false;
+    };
+    if pid.parse::<u32>().is_err() {
+        return false;
+    }
+    // A number used again by something else is not that run.
+    let runs = fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let is_ours = |exe: PathBuf| {
+        let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.starts_with("integration-") || name.starts_with("srcip-demo") || name.starts_with("bench-")
+    };
+    !runs.is_some_and(is_ours)
+}
+
+fn entries(directory: &Path) -> Vec<(String, PathBuf)> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path())).collect()
+}
+
+/// Removes everything of runs that have ended. Returns what it was.
+pub fn remove() -> Vec<String> {
+    let mut removed = Vec::new();
+    let stale = |directory: &Path| {
+        entries(directory).into_iter().filter(|(name, _)| is_stale(name)).collect::<Vec<_>>()
+    };
+    // Processes first: the rest is in use while they live.
+    for (name, path) in cgroup_root().map(|root| stale(&root)).unwrap_or_default() {
+        remove_cgroup(&path);
+        removed.push(format!("cgroup {name}"));
+    }
+    for (name, path) in stale(Path::new(RUN_DIRECTORY)) {
+        remove_directory(&path);
+        removed.push(format!("directory {name}"));
+    }
+    for (name, _) in stale(Path::new("/run/netns")) {
+        let _ = Command::new("ip").args(["netns", "del", &name]).output();
+        removed.push(format!("network namespace {name}"));
+    }
+    removed
+}
+
+/// Ends the processes of a cgroup and removes it.
+pub(crate) fn remove_cgroup(path: &Path) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while path.exists() && Instant::now() < deadline {
+        let _ = fs::write(path.join("cgroup.kill"), "1");
+        if fs::remove_dir(path).is_ok() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Removes a run's directory, with the BPF file system in it and what srcip pinned there.
+pub(crate) fn remove_directory(path: &Path) {
+    let bpf = path.join("bpf");
+    for (_, pins) in entries(&bpf) {
+        let _ = Dataplane::new(pins).cleanup();
+    }
+    let _ = umount2(&bpf, MntFlags::MNT_DETACH);
+    let _ = fs::remove_dir_all(path);
+}

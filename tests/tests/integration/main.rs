@@ -1,0 +1,3 @@
+//! srcip with real proxies, across network namespaces.
+
+mod basics;
