@@ -175,7 +175,7 @@ fn bpffs() -> Check {
 }
 
 fn sysctls() -> Check {
-    const NAME: &str = "tcp_fwmark_accept, tcp_tw_reuse";
+    const NAME: &str = "sysctls for the return route";
     match Sysctls::read() {
         Ok(_) => ok(NAME, "there"),
         Err(error) => bad(NAME, Verdict::Unable, error.to_string(), "run Linux 3.15 or newer"),

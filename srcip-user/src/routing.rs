@@ -1,11 +1,12 @@
 //! The return route: brings the application's answers, addressed to the client, back to the proxy.
 //!
 //! In the pod's network namespace, per family: one rule that sends marked packets to a table, and one
-//! `local default dev lo` route in that table; and two sysctls, see [`Sysctls`].
+//! `local default dev lo` route in that table; and a few sysctls, see [`Sysctls`].
 //!
 //! Everything here acts on the calling thread's network namespace.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
@@ -33,8 +34,6 @@ const LOOPBACK: u32 = 1;
 
 const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 
-const FWMARK_ACCEPT: &str = "tcp_fwmark_accept";
-const TW_REUSE: &str = "tcp_tw_reuse";
 
 /// Why the return route could not be set up, removed or read.
 #[derive(Debug, thiserror::Error)]
@@ -317,50 +316,66 @@ pub fn loopback_is_up() -> Result<bool> {
     })
 }
 
-/// The sysctls of a pod's network namespace that upstream legs depend on.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-pub struct Sysctls {
-    /// `net.ipv4.tcp_fwmark_accept`, Linux 3.15. 1 gives the application's socket the mark that the
-    /// connection's SYN had, and by that its answers their way back.
-    pub tcp_fwmark_accept: u8,
-    /// `net.ipv4.tcp_tw_reuse`. 1 lets a source port be used again a second after the proxy has closed
-    /// a connection from it, instead of a minute. The default, 2, does so for loopback addresses only,
-    /// and upstream legs have a client's: one client could open 450 connections a second, no more.
-    pub tcp_tw_reuse: u8,
-}
+/// The sysctls of a pod's network namespace that upstream legs depend on, by name.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct Sysctls(BTreeMap<String, u8>);
+
+/// What upstream legs need.
+const NEEDED: [(&str, u8); 4] = [
+    // The application's socket gets the mark that the connection's SYN had, and by that its answers find
+    // their way back. Linux 3.15.
+    ("net.ipv4.tcp_fwmark_accept", 1),
+    // The same for what the kernel answers without a socket: a reset from a port nobody listens on.
+    ("net.ipv4.fwmark_reflect", 1),
+    ("net.ipv6.fwmark_reflect", 1),
+    // A source port can be used again a second after the proxy has closed a connection from it, instead
+    // of a minute. The default, 2, allows that for loopback addresses only, and upstream legs have a
+    // client's: one client could open 450 connections a second, no more. Linux 4.19 for the default.
+    ("net.ipv4.tcp_tw_reuse", 1),
+];
 
 impl Sysctls {
-    /// What upstream legs need.
-    pub const NEEDED: Self = Self { tcp_fwmark_accept: 1, tcp_tw_reuse: 1 };
+    /// What upstream legs need, as far as this kernel has it.
+    pub fn needed() -> Result<Self> {
+        let current = Self::read()?;
+        let needed = NEEDED.map(|(name, value)| (name.to_owned(), value));
+        Ok(Self(needed.into_iter().filter(|(name, _)| current.0.contains_key(name)).collect()))
+    }
 
     /// Reads them.
     pub fn read() -> Result<Self> {
-        Ok(Self { tcp_fwmark_accept: read_sysctl(FWMARK_ACCEPT)?, tcp_tw_reuse: read_sysctl(TW_REUSE)? })
+        let mut values = BTreeMap::new();
+        for (name, _) in NEEDED {
+            match fs::read_to_string(sysctl_path(name)) {
+                Ok(text) => {
+                    let value = text.trim().parse().map_err(io::Error::other);
+                    values.insert(name.to_owned(), failing_io(&format!("read {name}"), value)?);
+                }
+                // A kernel without IPv6.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && name.starts_with("net.ipv6") => {}
+                Err(source) => failing_io(&format!("read {name}"), Err(source))?,
+            }
+        }
+        Ok(Self(values))
     }
 
     /// Sets those that differ.
     pub fn write(&self) -> Result<()> {
-        write_sysctl(FWMARK_ACCEPT, self.tcp_fwmark_accept)?;
-        write_sysctl(TW_REUSE, self.tcp_tw_reuse)
+        let current = Self::read()?;
+        for (name, value) in self.0.iter().filter(|(name, value)| current.0.get(*name) != Some(value)) {
+            fs::write(sysctl_path(name), value.to_string()).map_err(|source| RoutingError {
+                action: format!("set {name} to {value}"),
+                source,
+                hint: "; a container needs /proc/sys mounted writable for that",
+            })?;
+        }
+        Ok(())
     }
 }
 
-fn read_sysctl(name: &str) -> Result<u8> {
-    let text = fs::read_to_string(format!("/proc/sys/net/ipv4/{name}"));
-    let value = text.and_then(|text| text.trim().parse().map_err(io::Error::other));
-    failing_io(&format!("read net.ipv4.{name}"), value)
-}
-
-fn write_sysctl(name: &str, value: u8) -> Result<()> {
-    if read_sysctl(name)? == value {
-        return Ok(());
-    }
-    let written = fs::write(format!("/proc/sys/net/ipv4/{name}"), value.to_string());
-    written.map_err(|source| RoutingError {
-        action: format!("set net.ipv4.{name} to {value}"),
-        source,
-        hint: "; a container needs /proc/sys mounted writable for that",
-    })
+fn sysctl_path(name: &str) -> String {
+    format!("/proc/sys/{}", name.replace('.', "/"))
 }
 
 /// The ephemeral ports that this namespace's own connections use.

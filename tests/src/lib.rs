@@ -5,11 +5,13 @@
 //! - [`proxy`]: Envoy, HAProxy and nginx as distributions ship them.
 //! - [`peer`]: the application, and clients in numbers, as processes of their own.
 //! - [`srcip`]: the command under test.
+//! - [`load`]: a steady load of new connections.
 //! - [`client`]: single connections from a host.
 //! - [`stale`]: removes what a run that was killed left behind.
 
 pub mod client;
 pub mod host;
+pub mod load;
 pub mod peer;
 pub mod process;
 pub mod proxy;

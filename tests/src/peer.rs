@@ -3,7 +3,12 @@
 //! As processes they are in the test's cgroup, where srcip's hooks see them, and have descriptors of
 //! their own.
 
-use std::{net::SocketAddr, process::Stdio, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    process::Stdio,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 
@@ -36,24 +41,53 @@ pub struct Holders {
     process: Process,
 }
 
-/// Opens `count` connections from `host` to the TCP application at `to`, `at_once` at a time, and
-/// holds them. From each address of `from` in turn, if any.
-pub fn hold(
-    host: &Host,
-    from: &[std::net::IpAddr],
-    to: SocketAddr,
-    count: usize,
-    at_once: usize,
-) -> Result<Holders> {
-    let mut command = host.command(&binary("srcip-peer").display().to_string())?;
-    command.args(["hold", &to.to_string(), "--count", &count.to_string()]);
-    command.args(["--at-once", &at_once.to_string()]);
-    for address in from {
-        command.args(["--from", &address.to_string()]);
+/// What clients are to do.
+#[derive(Clone, Debug)]
+pub struct Clients {
+    /// Where to connect to.
+    pub to: SocketAddr,
+    /// How many connections.
+    pub count: usize,
+    /// How many attempts are under way at a time.
+    pub at_once: usize,
+    /// Local addresses, each in turn; empty for the host's own.
+    pub from: Vec<IpAddr>,
+    /// The first connection's local port; the next one's is the next.
+    pub from_port: Option<u16>,
+}
+
+impl Clients {
+    /// `count` connections to the TCP application at `to`.
+    pub fn new(to: SocketAddr, count: usize, at_once: usize) -> Self {
+        Self { to, count, at_once, from: Vec::new(), from_port: None }
     }
-    command.stdin(Stdio::piped());
-    let process = host.start(&format!("hold-{to}-{count}"), command)?;
-    Ok(Holders { process })
+
+    fn start(&self, host: &Host, verb: &str) -> Result<Process> {
+        let mut command = host.command(&binary("srcip-peer").display().to_string())?;
+        command.args([verb, &self.to.to_string(), "--count", &self.count.to_string()]);
+        command.args(["--at-once", &self.at_once.to_string()]);
+        for address in &self.from {
+            command.args(["--from", &address.to_string()]);
+        }
+        if let Some(port) = self.from_port {
+            command.args(["--from-port", &port.to_string()]);
+        }
+        command.stdin(Stdio::piped());
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        host.start(&format!("{verb}-{}", NUMBER.fetch_add(1, Ordering::Relaxed)), command)
+    }
+
+    /// Opens them from `host` and holds them.
+    pub fn hold(&self, host: &Host) -> Result<Holders> {
+        Ok(Holders { process: self.start(host, "hold")? })
+    }
+
+    /// Opens them from `host`, closing each one once the application has greeted it.
+    pub fn visit(&self, host: &Host) -> Result<Opened> {
+        let mut process = self.start(host, "visit")?;
+        process.wait(Duration::from_secs(300))?;
+        outcome(&process, "opened ")
+    }
 }
 
 /// How opening connections went.
@@ -69,21 +103,14 @@ impl Holders {
     /// Waits until all have been tried.
     pub fn opened(&mut self) -> Result<Opened> {
         self.process.wait_until("has opened its connections", |p| p.log().contains("opened "))?;
-        self.outcome("opened ")
+        outcome(&self.process, "opened ")
     }
 
     /// Sends something on each connection and expects it back.
     pub fn check(&mut self) -> Result<Opened> {
         self.process.tell("check")?;
         self.process.wait_until("has checked its connections", |p| p.log().contains("checked "))?;
-        self.outcome("checked ")
-    }
-
-    fn outcome(&self, prefix: &str) -> Result<Opened> {
-        let log = self.process.log();
-        let good = log.lines().find_map(|line| line.strip_prefix(prefix));
-        let errors = log.lines().filter_map(|line| line.strip_prefix("error: "));
-        Ok(Opened { good: good.context("no outcome")?.parse()?, errors: errors.map(str::to_owned).collect() })
+        outcome(&self.process, "checked ")
     }
 
     /// Closes them all and waits.
@@ -91,4 +118,14 @@ impl Holders {
         self.process.tell("close")?;
         self.process.wait(Duration::from_secs(60)).map(drop)
     }
+}
+
+fn outcome(process: &Process, prefix: &str) -> Result<Opened> {
+    let log = process.log();
+    let good = log.lines().find_map(|line| line.strip_prefix(prefix));
+    let errors = log.lines().filter_map(|line| line.strip_prefix("error: "));
+    Ok(Opened {
+        good: good.with_context(|| format!("no outcome: {log}"))?.parse()?,
+        errors: errors.map(str::to_owned).collect(),
+    })
 }

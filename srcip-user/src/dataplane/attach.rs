@@ -78,7 +78,7 @@ impl Dataplane {
             cgroup,
             previous_sysctls: match &previous {
                 // Ours are in place already; the values to restore are those from before.
-                Some(previous) => previous.previous_sysctls,
+                Some(previous) => previous.previous_sysctls.clone(),
                 None => sysctls.map_err(|e| in_netns(e, &spec.netns))?,
             },
             tc_devices: Vec::new(),
@@ -123,7 +123,7 @@ impl Dataplane {
         let addresses = netns
             .run(|| {
                 route.install()?;
-                Sysctls::NEEDED.write()?;
+                Sysctls::needed()?.write()?;
                 routing::addresses()
             })?
             .map_err(|e| in_netns(e, netns))?;

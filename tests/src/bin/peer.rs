@@ -3,7 +3,6 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
     time::Duration,
 };
 
@@ -13,7 +12,6 @@ use clap::{Parser, Subcommand};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpSocket, TcpStream},
-    sync::Semaphore,
     task::JoinSet,
     time::timeout,
 };
@@ -31,15 +29,25 @@ enum Role {
     /// A TCP application: one line with the ends of the connection, then everything comes back.
     Echo { addresses: Vec<SocketAddr> },
     /// Opens connections to a TCP application and holds them; reads `check` and `close` from stdin.
-    Hold {
-        to: SocketAddr,
-        #[arg(long)]
-        count: usize,
-        #[arg(long)]
-        at_once: usize,
-        #[arg(long)]
-        from: Vec<IpAddr>,
-    },
+    Hold(Clients),
+    /// Opens connections to a TCP application and closes each one once it has been greeted.
+    Visit(Clients),
+}
+
+#[derive(clap::Args)]
+struct Clients {
+    to: SocketAddr,
+    #[arg(long)]
+    count: usize,
+    /// How many attempts are under way at a time.
+    #[arg(long)]
+    at_once: usize,
+    /// Local addresses, each in turn.
+    #[arg(long)]
+    from: Vec<IpAddr>,
+    /// The first connection's local port; the next one's is the next.
+    #[arg(long)]
+    from_port: Option<u16>,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -50,7 +58,8 @@ async fn main() -> Result<()> {
     match Arguments::parse().role {
         Role::Httpbin { addresses } => serve(addresses, http).await,
         Role::Echo { addresses } => serve(addresses, echo).await,
-        Role::Hold { to, count, at_once, from } => hold(to, count, at_once, from).await,
+        Role::Hold(clients) => hold(clients).await,
+        Role::Visit(clients) => visit(clients).await,
     }
 }
 
@@ -82,7 +91,10 @@ async fn serve<F: Future<Output = Result<()>> + Send + 'static>(
     listeners.join_next().await.context("no address to listen on")?.context("a listener ended")
 }
 
-/// HTTP/1.1, as much as a sidecar needs: `/ip`, `/seen`, `/bytes/N`.
+/// How long `/slow` takes: enough to look at the sockets meanwhile.
+const SLOW: Duration = Duration::from_secs(1);
+
+/// HTTP/1.1, as much as a sidecar needs: `/ip`, `/seen`, `/slow`.
 async fn http(mut stream: TcpStream) -> Result<()> {
     stream.set_nodelay(true)?;
     let (peer, local) = (stream.peer_addr()?, stream.local_addr()?);
@@ -99,9 +111,12 @@ async fn http(mut stream: TcpStream) -> Result<()> {
         let head = buffer.split_to(end);
         let head = String::from_utf8_lossy(&head).to_lowercase();
         let path = head.split_whitespace().nth(1).unwrap_or("/");
+        if path == "/slow" {
+            tokio::time::sleep(SLOW).await;
+        }
         let body = match path {
             "/ip" => format!("{{\"origin\": \"{}\"}}\n", peer.ip().to_canonical()),
-            "/seen" => format!("{peer} {local}"),
+            "/seen" | "/slow" => format!("{peer} {local}"),
             _ => "ok\n".to_owned(),
         };
         let close = head.contains("\r\nconnection: close");
@@ -133,23 +148,27 @@ async fn echo(mut stream: TcpStream) -> Result<()> {
     }
 }
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(20);
 
-async fn open(from: Option<IpAddr>, to: SocketAddr) -> Result<BufReader<TcpStream>> {
+async fn open(from: Option<SocketAddr>, to: SocketAddr) -> Result<BufReader<TcpStream>> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     if let Some(from) = from {
-        // The port is chosen at connect, so that each address has all of them for itself.
-        socket2::SockRef::from(&socket).set_reuse_address(true)?;
-        bind_address_no_port(&socket)?;
-        socket.bind(SocketAddr::new(from, 0))?;
+        socket.set_reuseaddr(true)?;
+        if from.port() == 0 {
+            // The port is chosen at connect, so that each address has all of them for itself.
+            bind_address_no_port(&socket)?;
+        }
+        socket.bind(from).with_context(|| format!("binding {from}"))?;
     }
     let stream = timeout(PATIENCE, socket.connect(to)).await.context("connect hangs")??;
-    let own = stream.local_addr()?.ip();
+    let own = stream.local_addr()?;
     let mut stream = BufReader::with_capacity(128, stream);
     let mut line = String::new();
-    timeout(PATIENCE, stream.read_line(&mut line)).await.context("no greeting")??;
+    timeout(PATIENCE, stream.read_line(&mut line))
+        .await
+        .with_context(|| format!("no greeting for {own}"))??;
     let peer: SocketAddr = line.split_whitespace().next().context("closed at once")?.parse()?;
-    if peer.ip().to_canonical() != own.to_canonical() {
+    if peer.ip().to_canonical() != own.ip().to_canonical() {
         bail!("the application sees {peer}, not {own}");
     }
     Ok(stream)
@@ -172,26 +191,43 @@ fn bind_address_no_port(socket: &TcpSocket) -> Result<()> {
     if error == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }
 
-async fn hold(to: SocketAddr, count: usize, at_once: usize, from: Vec<IpAddr>) -> Result<()> {
-    let places = Arc::new(Semaphore::new(at_once));
+/// Opens all connections, and calls `keep` with each that is good.
+async fn open_all(clients: Clients, mut keep: impl FnMut(BufReader<TcpStream>)) -> Result<()> {
+    let Clients { to, count, at_once, from, from_port } = clients;
+    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
     let mut tasks = JoinSet::new();
-    for i in 0..count {
-        let from = (!from.is_empty()).then(|| from[i % from.len()]);
-        let place = Arc::clone(&places).acquire_owned().await?;
-        tasks.spawn(async move {
-            let opened = open(from, to).await;
-            drop(place);
-            opened
-        });
-    }
-    let mut held = Vec::with_capacity(count);
-    for opened in tasks.join_all().await {
-        match opened {
-            Ok(stream) => held.push(stream),
-            Err(error) => println!("error: {error:#}"),
+    let mut good = 0;
+    let mut settle = |opened: Result<BufReader<TcpStream>>| match opened {
+        Ok(stream) => {
+            good += 1;
+            keep(stream);
         }
+        Err(error) => println!("error: {error:#}"),
+    };
+    for i in 0..count {
+        if tasks.len() >= at_once {
+            settle(tasks.join_next().await.context("no task")??);
+        }
+        let address = if from.is_empty() { any } else { from[i % from.len()] };
+        let port = from_port.map_or(0, |first| first + u16::try_from(i).unwrap_or(0));
+        let bound = !from.is_empty() || from_port.is_some();
+        tasks.spawn(open(bound.then(|| SocketAddr::new(address, port)), to));
     }
-    println!("opened {}", held.len());
+    while let Some(opened) = tasks.join_next().await {
+        settle(opened?);
+    }
+    println!("opened {good}");
+    Ok(())
+}
+
+async fn visit(clients: Clients) -> Result<()> {
+    // A reset leaves no TIME_WAIT on the port, so that the next run can use it again.
+    open_all(clients, |stream| drop(stream.into_inner().set_zero_linger())).await
+}
+
+async fn hold(clients: Clients) -> Result<()> {
+    let mut held = Vec::with_capacity(clients.count);
+    open_all(clients, |stream| held.push(stream)).await?;
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     while let Some(line) = lines.next_line().await? {
         match line.as_str() {

@@ -1,0 +1,103 @@
+//! What most tests start from: a client, and a pod with an application, a proxy and srcip.
+
+use srcip_tests::{
+    Family, client,
+    client::Seen,
+    host::Host,
+    peer,
+    process::Process,
+    proxy::{Kind, Proxy},
+    srcip::Srcip,
+    world::World,
+};
+
+/// The engine a test asks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Engine {
+    SkLookup,
+    Tc,
+}
+
+impl Engine {
+    pub fn option(self) -> &'static str {
+        match self {
+            Self::SkLookup => "--engine sk-lookup",
+            Self::Tc => "--engine tc",
+        }
+    }
+}
+
+pub const PORT: u16 = peer::APPLICATION_PORT;
+
+pub struct Scenario {
+    pub proxy: Option<Proxy>,
+    pub application: Option<Process>,
+    pub client: Host,
+    pub pod: Host,
+    pub srcip: Srcip,
+    pub engine: Engine,
+    /// Last, so that it goes last.
+    pub world: World,
+}
+
+impl Scenario {
+    /// A client and an empty pod.
+    pub fn empty(engine: Engine) -> Self {
+        let mut world = World::new().unwrap();
+        let client = world.host("client").unwrap();
+        let pod = world.host("pod").unwrap();
+        let srcip = world.srcip();
+        Self { proxy: None, application: None, client, pod, srcip, engine, world }
+    }
+
+    /// With an HTTP application and a proxy that is there before srcip attaches.
+    pub fn http(engine: Engine, kind: Kind) -> Self {
+        let mut scenario = Self::empty(engine);
+        scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+        scenario.proxy = Some(Proxy::start(&scenario.pod, kind).unwrap());
+        scenario.attach("");
+        scenario
+    }
+
+    /// The same with a TCP application.
+    pub fn tcp(engine: Engine, kind: Kind) -> Self {
+        let mut scenario = Self::empty(engine);
+        scenario.application = Some(peer::echo(&scenario.pod, &["[::]:8000"]).unwrap());
+        scenario.proxy = Some(Proxy::start(&scenario.pod, kind).unwrap());
+        scenario.attach("");
+        scenario
+    }
+
+    pub fn attach(&self, options: &str) -> String {
+        self.srcip.attach(&self.pod, &format!("{} {options}", self.engine.option())).unwrap()
+    }
+
+    /// Asks the application once, on its usual port.
+    pub fn ask(&self, family: Family) -> Seen {
+        self.ask_port(family, PORT)
+    }
+
+    pub fn ask_port(&self, family: Family, port: u16) -> Seen {
+        client::ask_once(&self.client, self.pod.socket(family, port))
+            .unwrap_or_else(|error| panic!("{family:?} port {port}: {error:#}"))
+    }
+
+    /// The application saw the client's address, through the proxy.
+    pub fn assert_kept(&self, family: Family) {
+        let seen = self.ask(family);
+        assert_eq!(seen.peer.ip(), self.client.address(family));
+        assert_eq!(seen.local, self.pod.socket(family, PORT));
+        assert!(seen.proxied, "{family:?}: {seen:?}");
+    }
+
+    /// The application was reached directly.
+    pub fn assert_direct(&self, family: Family) {
+        let seen = self.ask(family);
+        assert_eq!(seen.peer.ip(), self.client.address(family));
+        assert!(!seen.proxied, "{family:?}: {seen:?}");
+    }
+
+    pub fn counter(&self, name: &str) -> u64 {
+        self.srcip.counter(&self.pod, name).unwrap()
+    }
+}
