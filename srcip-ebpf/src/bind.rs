@@ -14,7 +14,8 @@ use srcip_common::{
 };
 
 use crate::{
-    connect::{ALLOW, is_foreign, requested, store_cursor, stream_of_pod},
+    connect::{ALLOW, requested, store_cursor, stream_of_pod},
+    maps,
     sys::{self, SO_REUSEADDR},
 };
 
@@ -37,7 +38,7 @@ fn choose(ctx: &SockAddrContext, family: u16) -> Option<()> {
         return None;
     }
     let source = requested(ctx.sock_addr, family);
-    if source.port != 0 || !is_foreign(netns, source.address) {
+    if source.port != 0 || !maps::is_foreign(netns, source.address) {
         return None;
     }
     let _ = sys::set_socket_option(ctx, SO_REUSEADDR, 1);

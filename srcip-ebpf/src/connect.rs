@@ -53,20 +53,11 @@ pub fn stream_of_pod(ctx: &SockAddrContext) -> Option<(u64, &'static Pod)> {
     Some((netns, maps::pod(netns)?))
 }
 
-/// A source that only a transparent proxy can have: neither the pod's own, nor loopback, nor unset.
-#[inline(always)]
-pub fn is_foreign(netns: u64, source: Address) -> bool {
-    !source.is_unspecified() && !source.is_loopback() && !maps::is_own(netns, source)
-}
-
 #[inline(always)]
 fn prepare(ctx: &SockAddrContext, family: u16) -> Option<()> {
     let (netns, pod) = stream_of_pod(ctx)?;
     let (source, destination) = ends(ctx.sock_addr, family)?;
-    if !is_foreign(netns, source.address) {
-        return None;
-    }
-    if !destination.address.is_loopback() && !maps::is_own(netns, destination.address) {
+    if !maps::is_upstream(netns, source.address, destination.address) {
         return None;
     }
     // The application's socket inherits this mark from the SYN (net.ipv4.tcp_fwmark_accept), and its
@@ -75,9 +66,6 @@ fn prepare(ctx: &SockAddrContext, family: u16) -> Option<()> {
     maps::count(netns, |c: &mut Counters| &mut c.upstream);
 
     if source.port != 0 {
-        let key = key(netns, source, destination);
-        maps::forget_pending(&key);
-        maps::reserve_pending(&key);
         if !pod.upstream_ports.contains(source.port) {
             maps::count(netns, |c: &mut Counters| &mut c.upstream_port_kept);
         }

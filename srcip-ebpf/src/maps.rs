@@ -104,6 +104,18 @@ pub fn learn_own(netns: u64, address: Address) {
     }
 }
 
+/// A source that only a transparent proxy can have: neither the pod's own, nor loopback, nor unset.
+#[inline(always)]
+pub fn is_foreign(netns: u64, source: Address) -> bool {
+    !source.is_unspecified() && !source.is_loopback() && !is_own(netns, source)
+}
+
+/// Whether a connection between these is an upstream leg: from a foreign address to the pod itself.
+#[inline(always)]
+pub fn is_upstream(netns: u64, source: Address, destination: Address) -> bool {
+    is_foreign(netns, source) && (destination.is_loopback() || is_own(netns, destination))
+}
+
 /// Whether this connection is an upstream leg on its way.
 #[inline(always)]
 pub fn is_pending(key: &ConnectionKey) -> bool {
@@ -115,14 +127,23 @@ pub fn is_pending(key: &ConnectionKey) -> bool {
     }
 }
 
-/// Notes an upstream leg. `false` if another one with the same ends is already on its way.
+/// Notes an upstream leg.
+#[inline(always)]
+pub fn note_pending(key: &ConnectionKey) {
+    let _ = PENDING.insert(key, sys::boot_ns(), 0);
+}
+
+/// Notes an upstream leg unless one with the same ends is already on its way.
 #[inline(always)]
 pub fn reserve_pending(key: &ConnectionKey) -> bool {
-    let now = sys::boot_ns();
-    if PENDING.insert(key, now, BPF_NOEXIST.into()).is_ok() {
+    if PENDING.insert(key, sys::boot_ns(), BPF_NOEXIST.into()).is_ok() {
         return true;
     }
-    !is_pending(key) && PENDING.insert(key, now, 0).is_ok()
+    let is_stale = !is_pending(key);
+    if is_stale {
+        note_pending(key);
+    }
+    is_stale
 }
 
 /// Takes the note back.

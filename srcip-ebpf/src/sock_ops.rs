@@ -32,9 +32,12 @@ pub fn srcip_sock_ops(ctx: SockOpsContext) -> u32 {
 fn follow(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_LISTEN_CB => listening(ctx, netns, pod),
+        // The SYN is about to leave. `connect` has noted the connection already if it chose the port;
+        // this is for those whose port the proxy or the kernel chose.
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             let Ends { local, remote } = Ends::read(ctx);
-            if maps::is_pending(&ConnectionKey::new(netns, local, remote)) {
+            if maps::is_upstream(netns, local.0, remote.0) {
+                maps::note_pending(&ConnectionKey::new(netns, local, remote));
                 // To hear of its end, however it ends.
                 let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
             }

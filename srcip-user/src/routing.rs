@@ -34,7 +34,6 @@ const LOOPBACK: u32 = 1;
 
 const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 
-
 /// Why the return route could not be set up, removed or read.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {action}: {source}{hint}")]

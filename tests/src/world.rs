@@ -96,7 +96,8 @@ impl World {
         let node = self.node.name();
         sh(&format!("ip -n {node} link add veth{n} type veth peer name eth0 netns {name}"))?;
         self.node.ip(&format!("link set veth{n} master br0 up"))?;
-        host.ip("link set eth0 up")?;
+        // No link-local address, which would turn up a second later, in the middle of a test.
+        host.ip("link set eth0 addrgenmode none up")?;
         host.add_address(Self::v4(n, 1).into())?;
         host.add_address(Self::v6(n, 1).into())?;
         Ok(host)

@@ -67,7 +67,10 @@ fn auto_explains_its_choice() {
     let said = scenario.srcip.attach(&scenario.pod, "").unwrap();
     assert!(said.contains("engine sk-lookup (the kernel has all it needs"), "{said}");
     let status = scenario.srcip.status(&scenario.pod).unwrap();
-    assert_eq!((&status["engine"], &status["missing_guarantees"]), (&"sk-lookup".into(), &serde_json::json!([])));
+    assert_eq!(
+        (&status["engine"], &status["missing_guarantees"]),
+        (&"sk-lookup".into(), &serde_json::json!([]))
+    );
     scenario.srcip.detach(&scenario.pod, "--now").unwrap();
 
     // Without hooks, the other one, with what is missing then.
@@ -75,12 +78,19 @@ fn auto_explains_its_choice() {
     assert!(said.contains("engine tc (sk-lookup cannot run: it needs the hooks"), "{said}");
     let status = scenario.srcip.status(&scenario.pod).unwrap();
     let missing = status["missing_guarantees"].to_string();
-    for guarantee in ["the proxy must set the mark itself", "a client that connects from a mirrored port hangs"] {
+    for guarantee in
+        ["the proxy must set the mark itself", "a client that connects from a mirrored port hangs"]
+    {
         assert!(missing.contains(guarantee), "{missing}");
     }
-    let error = scenario.srcip.fail(&scenario.srcip.attach_arguments(&scenario.pod, "--cgroup none --engine sk-lookup"));
+    let error = scenario
+        .srcip
+        .fail(&scenario.srcip.attach_arguments(&scenario.pod, "--cgroup none --engine sk-lookup"));
     let error = error.unwrap();
-    assert!(error.contains("the sk-lookup engine cannot run here") && error.contains("use --engine tc"), "{error}");
+    assert!(
+        error.contains("the sk-lookup engine cannot run here") && error.contains("use --engine tc"),
+        "{error}"
+    );
 }
 
 /// Without hooks, the tc engine serves a proxy that sets its own mark.
@@ -89,10 +99,7 @@ fn tc_without_hooks() {
     let mut scenario = Scenario::empty(Engine::Tc);
     scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
     let proxy = Proxy::start_with(&scenario.pod, Kind::Envoy, |config| {
-        config.replace(
-            "original_src.v3.OriginalSrc\n",
-            "original_src.v3.OriginalSrc\n        mark: 1337\n",
-        )
+        config.replace("original_src.v3.OriginalSrc\n", "original_src.v3.OriginalSrc\n        mark: 1337\n")
     });
     scenario.proxy = Some(proxy.unwrap());
     scenario.attach("--cgroup none");

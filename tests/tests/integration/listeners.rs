@@ -9,13 +9,7 @@ use srcip_tests::{
 
 use crate::scenario::{Engine, PORT, Scenario};
 
-crate::engines!(
-    started_after_attach,
-    restarted,
-    haproxy_reload,
-    nginx_reload,
-    envoy_hot_restart,
-);
+crate::engines!(started_after_attach, restarted, haproxy_reload, nginx_reload, envoy_hot_restart,);
 
 fn started_after_attach(engine: Engine) {
     for kind in Kind::HTTP {

@@ -40,11 +40,11 @@ fn an_application_on_loopback(engine: Engine) {
     let mut scenario = Scenario::empty(engine);
     scenario.application = Some(peer::application(&scenario.pod, &["127.0.0.1:8000", "[::1]:8000"]).unwrap());
     let proxy = Proxy::start_with(&scenario.pod, Kind::Haproxy, |config| {
-        config.replace(
-            "default_backend application",
-            "use_backend v6 if !{ src 0.0.0.0/0 }\n    default_backend application",
-        )
-        .replace("server original 0.0.0.0:0", "server local 127.0.0.1:8000")
+        // A listener for each family: from a dual-stack one an IPv4 client is an IPv6 one to HAProxy.
+        config
+            .replace("bind :::15006 v4v6", "bind 0.0.0.0:15006\n    bind [::]:15006 v6only")
+            .replace("default_backend", "use_backend v6 if !{ src 0.0.0.0/0 }\n    default_backend")
+            .replace("server original 0.0.0.0:0", "server local 127.0.0.1:8000")
             + "\nbackend v6\n    source 0.0.0.0 usesrc clientip\n    server local [::1]:8000\n"
     });
     scenario.proxy = Some(proxy.unwrap());

@@ -114,8 +114,7 @@ fn v6_only_listener() {
 fn loopback_only_listener() {
     for engine in [Engine::SkLookup, Engine::Tc] {
         let mut scenario = Scenario::empty(engine);
-        scenario.application =
-            Some(srcip_tests::peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+        scenario.application = Some(srcip_tests::peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
         let proxy = srcip_tests::proxy::Proxy::start_with(&scenario.pod, Kind::Haproxy, |config| {
             config.replace("bind :::15006 v4v6", "bind 127.0.0.1:15006\n    bind [::1]:15006")
         });

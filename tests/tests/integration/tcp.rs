@@ -6,11 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use srcip_tests::{
-    Family, client,
-    peer::Clients,
-    proxy::Kind,
-};
+use srcip_tests::{Family, client, peer::Clients, proxy::Kind};
 
 use crate::scenario::{Engine, PORT, Scenario};
 
@@ -57,9 +53,18 @@ fn syn_cookies(engine: Engine) {
         }
     }
     let sent = scenario.pod.sh("nstat -asz TcpExtSyncookiesSent").unwrap();
-    let sent: u64 = sent.split_whitespace().last().and_then(|_| {
-        sent.lines().find(|l| l.starts_with("TcpExtSyncookiesSent"))?.split_whitespace().nth(1)?.parse().ok()
-    }).unwrap();
+    let sent: u64 = sent
+        .split_whitespace()
+        .last()
+        .and_then(|_| {
+            sent.lines()
+                .find(|l| l.starts_with("TcpExtSyncookiesSent"))?
+                .split_whitespace()
+                .nth(1)?
+                .parse()
+                .ok()
+        })
+        .unwrap();
     assert!(sent >= 200, "cookies were not used: {sent}");
 }
 
