@@ -4,7 +4,7 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::{EbpfContext, bindings::BPF_NOEXIST, cty::c_int, helpers::generated::bpf_map_update_elem};
+use aya_ebpf::{EbpfContext, bindings::BPF_NOEXIST, cty::c_int};
 use aya_log_ebpf::info;
 
 use crate::{
@@ -66,11 +66,7 @@ fn register(ctx: &Iteration) -> Option<()> {
     }
     let cookie = sys::socket_cookie(socket.cast());
     let registered = listeners::register(netns, port, family, cookie, |key| {
-        let map = (&raw const LISTENERS).cast_mut().cast::<c_void>();
-        // SAFETY: verified: for a SockHash, an iterator may give the socket itself as the value.
-        let error =
-            unsafe { bpf_map_update_elem(map, (&raw const key).cast(), socket.cast(), BPF_NOEXIST.into()) };
-        error == 0
+        sys::store_socket(&LISTENERS, &key, socket.cast(), BPF_NOEXIST.into()).is_ok()
     });
     if registered {
         info!(ctx, "listener registered: family {} port {}", family, port);

@@ -59,6 +59,10 @@ pub static REGISTERED: LruHashMap<RegisteredKey, u8> = LruHashMap::pinned(16384,
 #[map]
 static PENDING: LruHashMap<ConnectionKey, u64> = LruHashMap::pinned(65536, 0);
 
+/// Listeners for connections that reopen one in TIME_WAIT, from `tc` to `sk_lookup`.
+#[map]
+pub static REOPENING: SockHash<ConnectionKey> = SockHash::pinned(4096, 0);
+
 /// A SYN is retransmitted for 127 s with the default `net.ipv4.tcp_syn_retries`; a note older than
 /// this was left by a connect that failed before its first SYN.
 const PENDING_MAX_AGE_NS: u64 = 180_000_000_000;

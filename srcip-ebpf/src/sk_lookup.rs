@@ -79,15 +79,15 @@ fn steer(ctx: &SkLookupContext) -> u32 {
 }
 
 /// What is being looked up.
-struct Lookup {
+pub struct Lookup {
     family: u16,
-    source: Endpoint,
-    destination: Endpoint,
+    pub source: Endpoint,
+    pub destination: Endpoint,
 }
 
 impl Lookup {
     #[inline(always)]
-    fn read(ctx: &SkLookupContext) -> Option<Self> {
+    pub fn read(ctx: &SkLookupContext) -> Option<Self> {
         let lookup = ctx.lookup;
         if field!(lookup, protocol) != TCP {
             return None;

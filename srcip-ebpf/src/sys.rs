@@ -9,9 +9,10 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{bpf_sock_addr, bpf_sock_tuple, sockaddr},
     helpers::generated::{
-        bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_setsockopt,
-        bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_map_delete_elem,
+        bpf_map_update_elem, bpf_setsockopt, bpf_sk_release, bpf_skc_lookup_tcp,
     },
+    maps::SockHash,
 };
 use srcip_common::{
     keys::{AF_INET, AF_INET6},
@@ -156,6 +157,24 @@ pub fn with_receiver<R>(
 #[inline(always)]
 pub fn receiver_state(ctx: &impl EbpfContext, source: Endpoint, destination: Endpoint) -> Option<u32> {
     with_receiver(ctx, source, destination, |_, state| state)
+}
+
+/// Puts a socket, as a lookup or an iterator delivers it, into a SockHash unless `flags` forbid it.
+/// Linux 5.10.
+#[inline(always)]
+pub fn store_socket<K>(map: &SockHash<K>, key: &K, socket: *mut c_void, flags: u64) -> Result<(), c_long> {
+    let map = core::ptr::from_ref(map).cast_mut().cast::<c_void>();
+    // SAFETY: verified: the map's own key, and a socket that the caller holds as the value.
+    let error = unsafe { bpf_map_update_elem(map, core::ptr::from_ref(key).cast(), socket, flags) };
+    if error == 0 { Ok(()) } else { Err(error) }
+}
+
+/// Takes a socket out of a SockHash. Linux 5.10.
+#[inline(always)]
+pub fn remove_socket<K>(map: &SockHash<K>, key: &K) {
+    let map = core::ptr::from_ref(map).cast_mut().cast::<c_void>();
+    // SAFETY: verified: the map's own key.
+    unsafe { bpf_map_delete_elem(map, core::ptr::from_ref(key).cast()) };
 }
 
 /// Reads one field of a context, exactly where and when it is written.

@@ -8,22 +8,24 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_fib_lookup,
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC,
+        bpf_fib_lookup, sk_action::SK_PASS,
     },
     helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_sk_assign, bpf_skb_load_bytes_relative},
-    macros::classifier,
-    programs::TcContext,
+    macros::{classifier, sk_lookup},
+    programs::{SkLookupContext, TcContext},
 };
 use srcip_common::{
     address::Address,
     counters::Counters,
-    keys::{AF_INET, AF_INET6},
+    keys::{AF_INET, AF_INET6, ConnectionKey},
     packet::{self, Endpoint, Header, Packet, Parsed, Segment},
-    pod::{PASS_WHEN_PROXY_DOWN, Pod, STEER},
+    pod::{PASS_WHEN_PROXY_DOWN, Pod, REOPEN_BY_LOOKUP, STEER},
 };
 
 use crate::{
-    maps,
+    maps::{self, REOPENING},
+    sk_lookup::Lookup,
     sys::{self, field, tcp_state},
 };
 
@@ -61,11 +63,12 @@ fn steer(ctx: &TcContext, netns: u64, pod: &Pod, segment: &Segment) -> i32 {
         }
         return NEXT;
     }
+    let mut reopens = false;
     match sys::receiver_state(ctx, source, destination) {
         // Nobody, or whoever listens on that port: what is to be replaced. Not only for SYNs: with SYN
         // cookies it is the last ACK that makes the connection.
         None | Some(tcp_state::LISTEN) => {}
-        Some(tcp_state::TIME_WAIT) if segment.is_syn() => {}
+        Some(tcp_state::TIME_WAIT) if segment.is_syn() => reopens = true,
         Some(_) => return NEXT,
     }
     if !is_local(ctx, segment) {
@@ -74,7 +77,8 @@ fn steer(ctx: &TcContext, netns: u64, pod: &Pod, segment: &Segment) -> i32 {
     if segment.is_syn() && pod.upstream_ports.contains(source.port) {
         maps::count(netns, |c: &mut Counters| &mut c.client_port_in_upstream_range);
     }
-    if assign(ctx, pod.proxy_port, destination.address) {
+    let reopening = (reopens && pod.has(REOPEN_BY_LOOKUP)).then(|| connection(netns, segment));
+    if assign(ctx, pod.proxy_port, destination.address, reopening.as_ref()) {
         maps::learn_own(netns, destination.address);
         if segment.is_syn() {
             maps::count(netns, |c: &mut Counters| &mut c.steered);
@@ -94,18 +98,25 @@ fn steer(ctx: &TcContext, netns: u64, pod: &Pod, segment: &Segment) -> i32 {
     }
 }
 
+#[inline(always)]
+fn connection(netns: u64, segment: &Segment) -> ConnectionKey {
+    let Segment { source, destination, .. } = *segment;
+    ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port))
+}
+
 /// Gives the packet to the proxy's listener, bound to the pod's address, to all, or to loopback.
 #[inline(always)]
-fn assign(ctx: &TcContext, port: u16, own: Address) -> bool {
+fn assign(ctx: &TcContext, port: u16, own: Address, reopening: Option<&ConnectionKey>) -> bool {
     let loopback = match own.v4_be() {
         Some(_) => Address::from_v4_be(u32::from_ne_bytes([127, 0, 0, 1])),
         None => Address::from_v6_be([0, 0, 0, 1_u32.to_be()]),
     };
-    assign_at(ctx, Endpoint { address: own, port }) || assign_at(ctx, Endpoint { address: loopback, port })
+    assign_at(ctx, Endpoint { address: own, port }, reopening)
+        || assign_at(ctx, Endpoint { address: loopback, port }, reopening)
 }
 
 #[inline(always)]
-fn assign_at(ctx: &TcContext, listener: Endpoint) -> bool {
+fn assign_at(ctx: &TcContext, listener: Endpoint, reopening: Option<&ConnectionKey>) -> bool {
     // From nobody: no established connection can match, only a listener.
     let nobody = match listener.address.v4_be() {
         Some(_) => Address::from_v4_be(0),
@@ -113,10 +124,34 @@ fn assign_at(ctx: &TcContext, listener: Endpoint) -> bool {
     };
     let nobody = Endpoint { address: nobody, port: 0 };
     sys::with_receiver(ctx, nobody, listener, |socket, state| {
-        // SAFETY: verified: the socket is held by the caller until this returns.
-        state == tcp_state::LISTEN && unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) } == 0
+        if state != tcp_state::LISTEN {
+            return false;
+        }
+        match reopening {
+            Some(key) => sys::store_socket(&REOPENING, key, socket, 0).is_ok(),
+            // SAFETY: verified: the socket is held by the caller until this returns.
+            None => unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) == 0 },
+        }
     })
     .unwrap_or(false)
+}
+
+/// The companion of this engine in the pod's netns, from Linux 5.9 on.
+///
+/// A SYN for a connection in TIME_WAIT must reach that socket, which gives way to the listener that the
+/// kernel then looks up; assigned to a listener directly, the SYN would be dropped as a duplicate
+/// (`inet_csk_reqsk_queue_hash_add`, since Linux 6.10). So the SYN passes, and this answers the lookup.
+#[sk_lookup]
+pub fn srcip_tc_reopen(ctx: SkLookupContext) -> u32 {
+    let netns = maps::own_netns();
+    if let Some(Lookup { source, destination, .. }) = Lookup::read(&ctx) {
+        let key =
+            ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port));
+        if REOPENING.redirect_sk_lookup(&ctx, key, 0).is_ok() {
+            sys::remove_socket(&REOPENING, &key);
+        }
+    }
+    SK_PASS
 }
 
 /// Whether the packet is for the pod itself. One that is to be forwarded must not get a socket: the

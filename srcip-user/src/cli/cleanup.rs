@@ -13,7 +13,6 @@ use crate::dataplane::Dataplane;
 pub(super) struct Cleanup {}
 
 impl Cleanup {
-    #[expect(clippy::unused_self, reason = "the verbs look alike")]
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         let Self {} = self;
         privileges::require("cleanup")?;

@@ -1,6 +1,8 @@
 //! Attach: every step finds out whether it is done already, so that one that was interrupted is
 //! finished by running it again.
 
+use srcip_common::pod::REOPEN_BY_LOOKUP;
+
 use super::{
     Dataplane, engine,
     error::{Error, Result},
@@ -128,7 +130,11 @@ impl Dataplane {
             })?
             .map_err(|e| in_netns(e, netns))?;
         maps.store_addresses(cookie, &addresses)?;
-        maps.store_pod(cookie, spec.settings.pod())?;
+        let mut pod = spec.settings.pod();
+        if record.engine == EngineKind::Tc && tc::has_companion() {
+            pod.flags |= REOPEN_BY_LOOKUP;
+        }
+        maps.store_pod(cookie, pod)?;
         // Last: from here on connections are steered.
         let engine = record.engine.engine();
         engine.attach(&self.pins, netns, record, &mut |record| maps.store_record(record))?;

@@ -31,6 +31,7 @@ pub struct Maps {
     counters: PerCpuHashMap<MapData, u64, Counters>,
     addresses: HashMap<MapData, AddressKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
+    reopening: SockHash<MapData, ConnectionKey>,
     registered: HashMap<MapData, RegisteredKey, u8>,
     pending: HashMap<MapData, ConnectionKey, u64>,
 }
@@ -77,6 +78,7 @@ impl Maps {
             counters: open(&maps.join("COUNTERS"), Map::PerCpuHashMap)?,
             addresses: open(&maps.join("ADDRESSES"), Map::HashMap)?,
             listeners: open(&maps.join("LISTENERS"), Map::SockHash)?,
+            reopening: open(&maps.join("REOPENING"), Map::SockHash)?,
             registered: open(&maps.join("REGISTERED"), Map::LruHashMap)?,
             pending: open(&maps.join("PENDING"), Map::LruHashMap)?,
         })
@@ -182,10 +184,8 @@ impl Maps {
     pub fn forget(&mut self, cookie: NetnsCookie) -> Result<()> {
         let netns = cookie.0;
         remove_keys(&mut self.pods, |key| *key == netns)?;
-        let listeners: Vec<_> = self.listeners.keys().filter_map(Result::ok).collect();
-        for key in listeners.into_iter().filter(|key| key.netns == netns) {
-            tolerate_missing(self.listeners.remove(&key))?;
-        }
+        remove_sockets(&mut self.listeners, |key| key.netns == netns)?;
+        remove_sockets(&mut self.reopening, |key| key.netns == netns)?;
         remove_keys(&mut self.registered, |key| key.netns == netns)?;
         remove_keys(&mut self.pending, |key| key.netns == netns)?;
         remove_keys(&mut self.addresses, |key| key.netns == netns)?;
@@ -218,6 +218,11 @@ fn remove_keys<K: MapValue, V: MapValue>(
     wanted: impl Fn(&K) -> bool,
 ) -> Result<()> {
     // First all keys, then the removals: removing while iterating restarts the iteration.
+    let keys: Vec<K> = map.keys().filter_map(Result::ok).filter(|key| wanted(key)).collect();
+    keys.iter().try_for_each(|key| tolerate_missing(map.remove(key)))
+}
+
+fn remove_sockets<K: MapValue>(map: &mut SockHash<MapData, K>, wanted: impl Fn(&K) -> bool) -> Result<()> {
     let keys: Vec<K> = map.keys().filter_map(Result::ok).filter(|key| wanted(key)).collect();
     keys.iter().try_for_each(|key| tolerate_missing(map.remove(key)))
 }

@@ -3,7 +3,7 @@
 use std::io::Read as _;
 
 use aya::{
-    Btf,
+    Btf, Ebpf,
     programs::{Iter, SkLookup},
 };
 
@@ -57,17 +57,7 @@ impl Engine for SkLookupEngine {
             }
         }
 
-        let pin = pins.pod(cookie).join(PROGRAM);
-        if pin.exists() {
-            return Ok(());
-        }
-        let program: &mut SkLookup = object::program(&mut object, PROGRAM)?;
-        program.load().map_err(|error| load_error(PROGRAM, error))?;
-        make_directory(&pins.pod(cookie))?;
-        let link = program.attach(netns).and_then(|id| program.take_link(id));
-        let action = || format!("attach {PROGRAM} to {}", netns.path().display());
-        pin_link(link.bpf(action)?.into(), &pin)?;
-        Ok(())
+        attach_program(pins, netns, &mut object, record, PROGRAM)
     }
 
     fn detach(&self, pins: &Pins, _netns: Option<&Netns>, record: &Record) -> Result<()> {
@@ -77,4 +67,26 @@ impl Engine for SkLookupEngine {
     fn is_attached(&self, pins: &Pins, record: &Record) -> bool {
         pins.pod(record.netns_cookie).join(PROGRAM).exists()
     }
+}
+
+/// Attaches one of the object's `sk_lookup` programs to the pod's network namespace, unless it is.
+pub(super) fn attach_program(
+    pins: &Pins,
+    netns: &Netns,
+    object: &mut Ebpf,
+    record: &Record,
+    name: &str,
+) -> Result<()> {
+    let directory = pins.pod(record.netns_cookie);
+    let pin = directory.join(name);
+    if pin.exists() {
+        return Ok(());
+    }
+    let program: &mut SkLookup = object::program(object, name)?;
+    program.load().map_err(|error| load_error(name, error))?;
+    make_directory(&directory)?;
+    let link = program.attach(netns).and_then(|id| program.take_link(id));
+    let action = || format!("attach {name} to {}", netns.path().display());
+    pin_link(link.bpf(action)?.into(), &pin)?;
+    Ok(())
 }

@@ -5,10 +5,11 @@ use std::io;
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        LinkOrder, ProgramError, ProgramType, SchedClassifier, TcAttachType,
         links::FdLink,
         tc::{NlOptions, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program},
     },
+    sys::is_program_supported,
     util::KernelVersion,
 };
 
@@ -26,6 +27,14 @@ use crate::{
 };
 
 const PROGRAM: &str = "srcip_tc";
+
+/// An `sk_lookup` program that helps with connections in TIME_WAIT, where the kernel has the type.
+const COMPANION: &str = "srcip_tc_reopen";
+
+/// Whether the kernel can run the companion: Linux 5.9.
+pub(super) fn has_companion() -> bool {
+    is_program_supported(ProgramType::SkLookup).unwrap_or(false)
+}
 
 /// The hook that this kernel offers: tcx since Linux 6.6.
 pub(super) fn default_hook() -> TcHook {
@@ -66,6 +75,9 @@ impl Engine for TcEngine {
         let program: &mut SchedClassifier = object::program(&mut object, PROGRAM)?;
         program.load().map_err(|error| load_error(PROGRAM, error))?;
         make_directory(&pins.pod(record.netns_cookie))?;
+        if has_companion() {
+            super::sk_lookup::attach_program(pins, netns, &mut object, record, COMPANION)?;
+        }
         for i in 0..record.tc_devices.len() {
             match record.tc_devices[i].hook {
                 TcHook::Tcx => attach_tcx(pins, netns, &mut object, record, i)?,
@@ -96,7 +108,7 @@ impl Engine for TcEngine {
                 (TcHook::Clsact, None) => {}
             }
         }
-        Ok(())
+        remove_tree(&pins.pod(record.netns_cookie).join(COMPANION))
     }
 
     fn is_attached(&self, pins: &Pins, record: &Record) -> bool {

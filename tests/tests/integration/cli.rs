@@ -1,1 +1,369 @@
+//! The command line: errors that teach, stable names, exit codes.
 
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+use srcip_tests::{
+    Family, client,
+    process::{run, sh},
+    proxy::{Kind, Proxy},
+    srcip::binary,
+};
+
+use crate::scenario::{Engine, Scenario};
+
+fn assert_says(text: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is not in: {text}");
+    }
+}
+
+#[test]
+fn mistakes_in_arguments() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let attach = |options: &str| {
+        let netns = scenario.pod.path();
+        scenario.srcip.fail(&format!("attach --netns {} {options}", netns.display())).unwrap()
+    };
+    assert_says(&attach("--proxy-port 0"), &["\"0\" is not a TCP port", "from 1 to 65535"]);
+    assert_says(&attach("--proxy-port 70000"), &["\"70000\" is not a TCP port"]);
+    let ports = "--proxy-port 15006 --include-inbound-ports";
+    assert_says(
+        &attach(&format!("{ports} 8000-7000")),
+        &["ends before it starts", "did you mean 7000-8000?"],
+    );
+    assert_says(&attach(&format!("{ports}=")), &["the list of ports is empty", "8080,9000-9010"]);
+    assert_says(&attach(&format!("{ports} 80,http")), &["\"http\" is not a TCP port"]);
+    assert_says(&attach("--proxy-port 15006 --mark 0"), &["0 means no mark"]);
+    assert_says(&attach("--proxy-port 15006 --route-table main"), &["is not a routing table"]);
+    assert_says(&attach("--proxy-port 15006 --upstream-ports 1-9,5-12"), &["1-9 and 5-12 overlap"]);
+    assert_says(&attach(""), &["required", "--proxy-port"]);
+    assert_says(&scenario.srcip.fail("attach --proxy-port 15006").unwrap(), &["--netns", "--pid"]);
+    assert!(!scenario.srcip.pin_path().exists());
+}
+
+#[test]
+fn mistakes_about_the_namespace() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let attach =
+        |path: &str| scenario.srcip.fail(&format!("attach --netns {path} --proxy-port 15006")).unwrap();
+    assert_says(
+        &attach("/run/netns/no-such-pod"),
+        &["/run/netns/no-such-pod: no such file", "ip netns list"],
+    );
+    assert_says(&attach("/etc/hostname"), &["/etc/hostname is not a network namespace", "/proc/PID/ns/net"]);
+    assert_says(&attach("/proc/self/ns/mnt"), &["is not a network namespace"]);
+    let host = "/proc/1/ns/net is the host's own network namespace";
+    assert_says(&attach("/proc/1/ns/net"), &[host, "--host-netns"]);
+    let error = scenario.srcip.fail("attach --pid 4194305 --proxy-port 15006").unwrap();
+    assert_says(&error, &["/proc/4194305/ns/net: no such file"]);
+    let error = scenario.srcip.fail("detach --name nobody").unwrap();
+    assert_says(&error, &["nobody is not attached", "srcip status"]);
+    assert!(!scenario.srcip.pin_path().exists());
+}
+
+#[test]
+fn no_root_no_capability() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    // A copy where anybody may run it.
+    let copy = scenario.world.directory().join("srcip");
+    std::fs::copy(binary("srcip"), &copy).unwrap();
+    sh(&format!("chmod 755 {} {}", scenario.world.directory().display(), copy.display())).unwrap();
+    let as_nobody = |arguments: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&copy);
+        command.args(arguments.split_whitespace()).output().unwrap()
+    };
+    for verb in ["attach --netns /run/netns/x --proxy-port 1", "status", "cleanup", "detach --all"] {
+        let output = as_nobody(verb);
+        assert_eq!(output.status.code(), Some(1));
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let verb = verb.split(' ').next().unwrap();
+        assert_says(&error, &["CAP_BPF", "CAP_NET_ADMIN", "run it as root", &format!("sudo srcip {verb}")]);
+    }
+    let output = as_nobody("doctor");
+    assert_eq!(output.status.code(), Some(2));
+    assert_says(&String::from_utf8_lossy(&output.stdout), &["missing", "CAP_BPF", "run as root"]);
+    // What needs no privilege works without.
+    assert!(as_nobody("version").status.success());
+}
+
+/// The capabilities that the documentation lists are enough.
+#[test]
+fn the_listed_capabilities_suffice() {
+    let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
+    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    let with_capabilities = |arguments: &str| {
+        let capabilities = "-all,+net_admin,+sys_admin,+perfmon,+bpf";
+        let mut command = Command::new("setpriv");
+        command.args(["--bounding-set", capabilities, "--inh-caps", "-all"]).arg(binary("srcip"));
+        command.args(arguments.split_whitespace()).arg("--pin-path").arg(scenario.srcip.pin_path());
+        run(&mut command).unwrap()
+    };
+    for engine in ["sk-lookup", "tc"] {
+        let options = format!("--engine {engine}");
+        with_capabilities(&scenario.srcip.attach_arguments(&scenario.pod, &options));
+        scenario.assert_kept(Family::V4);
+        with_capabilities("status");
+        with_capabilities("detach --all --now");
+        scenario.assert_direct(Family::V4);
+    }
+}
+
+#[test]
+fn warnings_of_attach() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let attach = |options: &str| {
+        let arguments = scenario.srcip.attach_arguments(&scenario.pod, options);
+        let output = scenario.srcip.output(&arguments).unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(attach(""), "");
+    let warning = attach("--upstream-ports 50000-65535");
+    assert_says(
+        &warning,
+        &["warning: the upstream ports 50000-65535 overlap the ephemeral range 32768-60999"],
+    );
+    scenario.pod.ip("rule add fwmark 0x539/0xfff lookup 100").unwrap();
+    scenario.pod.ip("route add 192.0.2.0/24 dev eth0 table 133").unwrap();
+    let warning = attach("");
+    assert_says(&warning, &["another component's IPv4 rule", "fwmark 0x539/0xfff", "choose another --mark"]);
+    assert_says(&warning, &["table 133 holds 1 routes of another component"]);
+    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    // What is not ours stays.
+    assert!(scenario.pod.sh("ip rule").unwrap().contains("fwmark 0x539/0xfff lookup 100"));
+    assert!(scenario.pod.sh("ip route show table 133").unwrap().contains("192.0.2.0/24"));
+}
+
+#[test]
+fn names_and_conflicts() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    let other = scenario.world.host("other").unwrap();
+    scenario.attach("--name web");
+    let error = scenario.srcip.fail(&scenario.srcip.attach_arguments(&other, "--name web")).unwrap();
+    assert_says(&error, &["the name \"web\" is taken by the attachment of /run/netns/srcip-"]);
+    let root = srcip_user::dataplane::hooks::cgroup_root().unwrap();
+    let options = format!("--cgroup {}", root.display());
+    let error = scenario.srcip.fail(&scenario.srcip.attach_arguments(&other, &options)).unwrap();
+    assert_says(&error, &["the hooks of this instance are attached to the cgroup", "--pin-path"]);
+    let error = scenario.srcip.fail(&scenario.srcip.attach_arguments(&other, "--cgroup /tmp")).unwrap();
+    assert_says(&error, &["failed to use the cgroup /tmp", "not a directory of cgroup v2"]);
+    // A failed attach leaves nothing, and the other attachment alone.
+    assert_eq!(other.sh("ip rule").unwrap().matches("fwmark").count(), 0);
+    assert_eq!(scenario.srcip.status(&scenario.pod).unwrap()["name"], "web");
+    scenario.srcip.run("detach --name web --now").unwrap();
+    assert!(!scenario.srcip.pin_path().exists());
+}
+
+#[test]
+fn pins_that_are_no_bpffs() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let mut command = scenario.srcip.command(&scenario.srcip.attach_arguments(&scenario.pod, ""));
+    // The last one given is not accepted twice, so by hand.
+    let arguments: Vec<_> = command.get_args().map(ToOwned::to_owned).collect();
+    let wrong = scenario.world.directory().join("not-bpffs");
+    command = Command::new(binary("srcip"));
+    command.args(&arguments[..arguments.len() - 1]).arg(&wrong);
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    assert_says(
+        &error,
+        &["not-bpffs is not on a BPF file system", "mount -t bpf bpf /sys/fs/bpf", "--pin-path"],
+    );
+    assert!(!wrong.exists());
+}
+
+#[test]
+fn pins_of_another_version() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    scenario.attach("");
+    let layout = scenario.srcip.pin_path().join("maps/LAYOUT");
+    let mut map: aya::maps::Array<_, u32> =
+        aya::maps::Array::try_from(aya::maps::Map::Array(aya::maps::MapData::from_pin(layout).unwrap()))
+            .unwrap();
+    map.set(0, 77, 0).unwrap();
+    let attach = scenario.srcip.attach_arguments(&scenario.pod, "");
+    for verb in [attach.as_str(), "status", "detach --all"] {
+        let error = scenario.srcip.fail(verb).unwrap();
+        assert_says(
+            &error,
+            &["left by another version of srcip", "map layout 77, this one uses", "srcip cleanup"],
+        );
+    }
+    scenario.srcip.run("cleanup").unwrap();
+    assert!(!scenario.srcip.pin_path().exists());
+    scenario.attach("");
+}
+
+/// An object whose first instruction of `sk_lookup` reads a register that nobody has written.
+#[test]
+fn a_program_the_verifier_rejects() {
+    use object::{Object as _, ObjectSection as _};
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let mut bytes = srcip_user::EBPF_OBJECT.to_vec();
+    let (offset, _) = {
+        let file = object::File::parse(&bytes[..]).unwrap();
+        let section = file.sections().find(|s| s.name() == Ok("sk_lookup")).unwrap();
+        section.file_range().unwrap()
+    };
+    // `r0 = r9`: BPF_ALU64 | BPF_MOV | BPF_X; every program in the section starts somewhere in it, ours
+    // at 0 or further on, so all of it is made of this, but for the `exit` at its end.
+    let size = {
+        let file = object::File::parse(&bytes[..]).unwrap();
+        let section = file.sections().find(|s| s.name() == Ok("sk_lookup")).unwrap();
+        section.size()
+    };
+    for at in (offset..offset + size - 8).step_by(8) {
+        bytes[at as usize..at as usize + 8].copy_from_slice(&[0xbf, 0x90, 0, 0, 0, 0, 0, 0]);
+    }
+    let path = scenario.world.directory().join("bad.o");
+    std::fs::write(&path, bytes).unwrap();
+    let mut command = scenario.srcip.command(&scenario.srcip.attach_arguments(&scenario.pod, ""));
+    let output = command.env("SRCIP_EBPF_OBJECT", &path).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let parts =
+        ["the kernel refused to load the program srcip_sk_lookup", "verifier log", "R9 !read_ok", "doctor"];
+    assert_says(&error, &parts);
+    // Nothing half-done stays behind.
+    assert!(!scenario.srcip.pin_path().exists());
+    assert_eq!(scenario.pod.sh("ip rule").unwrap().matches("fwmark").count(), 0);
+}
+
+#[test]
+fn json_names_are_stable() {
+    let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
+    scenario.attach("--name web --include-inbound-ports 8000-8010 --exclude-inbound-ports 8005");
+    scenario.assert_kept(Family::V4);
+    let status: Value = serde_json::from_str(&scenario.srcip.run("status -o json").unwrap()).unwrap();
+    let attachment = &status["attachments"][0];
+    let expected = serde_json::json!({
+        "name": "web",
+        "netns": scenario.pod.path(),
+        "netns_cookie": scenario.pod.netns().cookie().unwrap().0,
+        "engine": "sk-lookup",
+        "proxy_port": 15006,
+        "listeners": ["[::]:15006"],
+        "registered_listeners": 1,
+        "include_inbound_ports": "8000-8010",
+        "exclude_inbound_ports": "8005",
+        "on_proxy_down": "drop",
+        "state": "attached",
+        "mark": 1337,
+        "route_table": 133,
+        "problems": [],
+    });
+    for (name, value) in expected.as_object().unwrap() {
+        assert_eq!(&attachment[name], value, "{name}");
+    }
+    for name in ["steered", "passed", "refused"] {
+        assert!(attachment["counters"][name].is_u64(), "{name}: {attachment}");
+    }
+    let yaml = scenario.srcip.run("status -o yaml").unwrap();
+    assert_says(&yaml, &["attachments:", "name: web", "proxy_port: 15006"]);
+}
+
+#[test]
+fn tables_for_people() {
+    let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
+    scenario.attach("--name web");
+    let table = scenario.srcip.run("status").unwrap();
+    let mut lines = table.lines();
+    assert!(lines.next().unwrap().starts_with("NAME   ENGINE      STATE      PROXY   LISTENERS"), "{table}");
+    assert!(lines.next().unwrap().starts_with("web    sk-lookup   Attached   15006   [::]:15006"), "{table}");
+    assert!(!scenario.srcip.run("status --no-headers").unwrap().contains("NAME"));
+    assert_says(
+        &scenario.srcip.run("status -o wide").unwrap(),
+        &["UPSTREAM-PORTS", "61000-65535,10248-32767"],
+    );
+    // A reader that has seen enough is no error.
+    let mut child =
+        scenario.srcip.command("man").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
+fn completions_manual_version() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    for shell in ["bash", "zsh", "fish"] {
+        let mut command = Command::new(binary("srcip"));
+        let script = run(command.args(["completions", shell])).unwrap().stdout;
+        assert_says(&String::from_utf8_lossy(&script), &["srcip", "exclude-inbound-ports"]);
+    }
+    assert_says(&scenario.srcip.run("man").unwrap(), &[".TH srcip 1", "include\\-inbound\\-ports"]);
+    assert_eq!(scenario.srcip.run("version").unwrap(), format!("srcip {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn doctor_names_the_cures() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let doctor = |options: &str| {
+        let path = scenario.pod.path();
+        let output = scenario.srcip.output(&format!("doctor -o json --netns {} {options}", path.display()));
+        let output = output.unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (output.status.code().unwrap(), report)
+    };
+    let check = |report: &Value, name: &str| {
+        let checks = report["checks"].as_array().unwrap();
+        let found = checks.iter().find(|check| check["name"].as_str().unwrap().contains(name));
+        found.unwrap_or_else(|| panic!("no check {name}: {report}")).clone()
+    };
+    let (code, report) = doctor("");
+    assert_eq!((code, &report["verdict"]), (0, &"ok".into()), "{report}");
+    for name in ["kernel BTF", "capabilities", "cgroup v2", "bpffs", "sk_lookup programs", "bpf_sk_assign"] {
+        assert_eq!(check(&report, name)["verdict"], "ok", "{report}");
+    }
+    assert!(check(&report, "auto picks")["found"].as_str().unwrap().starts_with("sk-lookup"));
+
+    // Findings in the pod: rules on the mark, routes in the table, interception, lo down.
+    scenario.pod.ip("rule add fwmark 1337 lookup 133").unwrap();
+    scenario.pod.ip("route add 192.0.2.0/24 dev eth0 table 133").unwrap();
+    scenario
+        .pod
+        .feed("iptables-restore", "*nat\n-A PREROUTING -p tcp -j REDIRECT --to-ports 15006\nCOMMIT\n")
+        .unwrap();
+    let (code, report) = doctor("");
+    assert_eq!((code, &report["verdict"]), (1, &"limited".into()), "{report}");
+    for (name, found, cure) in [
+        ("mark 1337", "fwmark 0x539", "--mark"),
+        ("routing table 133", "1 routes", "--route-table"),
+        ("interception", "REDIRECT --to-ports 15006", "remove them"),
+    ] {
+        let check = check(&report, name);
+        assert_eq!(check["verdict"], "limited");
+        assert_says(check["found"].as_str().unwrap(), &[found]);
+        assert_says(check["cure"].as_str().unwrap(), &[cure]);
+    }
+    let (_, report) = doctor("--mark 7 --route-table 7");
+    assert_eq!(check(&report, "mark 7")["verdict"], "ok");
+    scenario.pod.ip("link set lo down").unwrap();
+    let (code, report) = doctor("");
+    assert_eq!(code, 2, "{report}");
+    assert_says(check(&report, "loopback")["cure"].as_str().unwrap(), &["ip link set lo up"]);
+    let output = scenario.srcip.output("doctor").unwrap();
+    assert_says(&String::from_utf8_lossy(&output.stdout), &["RESULT", "CHECK", "FOUND", "CURE"]);
+}
+
+/// A proxy that takes its source port at `bind` shows in the status, and the option cures it.
+#[test]
+fn a_proxy_that_takes_its_port_at_bind() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(srcip_tests::peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    // HAProxy with a range of source ports binds to one of them.
+    let proxy = Proxy::start_with(&scenario.pod, Kind::Haproxy, |config| {
+        config.replace("source 0.0.0.0 usesrc clientip", "source 0.0.0.0 usesrc client")
+    });
+    scenario.proxy = Some(proxy.unwrap());
+    scenario.attach("");
+    // `usesrc client` takes the client's own port: the connection mirrors itself, which status shows.
+    let _ = client::ask_once(&scenario.client, scenario.pod.socket(Family::V4, 8000));
+    let status = scenario.srcip.status(&scenario.pod).unwrap();
+    assert!(status["counters"]["upstream_port_kept"].as_u64().unwrap() > 0, "{status}");
+    assert_says(&status["problems"].to_string(), &["IP_BIND_ADDRESS_NO_PORT", "--upstream-port-at bind"]);
+}
