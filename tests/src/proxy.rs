@@ -197,11 +197,8 @@ fn localise(kind: Kind, directory: &Path) -> String {
         Kind::HaproxyRedirect => template
             .replace("/run/haproxy-sidecar.sock", &file("admin.sock"))
             .replace("source 0.0.0.0 usesrc clientip", "source 127.0.0.6")
-            // With REDIRECT, the socket's own address is the proxy's; conntrack knows the other one.
-            .replace(
-                "default_backend application",
-                "http-request set-dst dst\n    default_backend application",
-            ),
+            // HAProxy asks conntrack for the original destination, but only of IPv4 sockets.
+            .replace("bind :::15006 v4v6", "bind 0.0.0.0:15006"),
         Kind::Nginx => template.replace("/run/nginx-sidecar.pid", &file("nginx.pid")).replace(
             "http {\n",
             &format!(
@@ -231,6 +228,8 @@ fn launch(
             command.args(["--config-path", &config, "--concurrency", "2", "--log-level", "info"]);
             command.args(["--base-id", &base_id.to_string(), "--restart-epoch", &epoch.to_string()]);
             command.args(["--drain-time-s", "1", "--parent-shutdown-time-s", "2"]);
+            // Else the access log comes after ten seconds.
+            command.args(["--file-flush-interval-msec", "50"]);
             command.args(["--socket-path", &format!("@srcip-{base_id}")]);
             command.args(["--service-cluster", "sidecar", "--service-node", host.name()]);
             ("envoy", command)
