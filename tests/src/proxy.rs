@@ -181,6 +181,19 @@ impl Proxy {
     }
 }
 
+/// Removes what no end of Envoy does: its shared memory, which is named after its base ID. So are the logs
+/// in a run's directory.
+pub(crate) fn remove_shared_memory(run: &Path) {
+    for entry in fs::read_dir(run).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let base_id = name.split_once("-envoy-").and_then(|(_, rest)| rest.split('-').next());
+        if let Some(base_id) = base_id.and_then(|digits| digits.parse::<u64>().ok()) {
+            // Envoy multiplies it by ten.
+            let _ = fs::remove_file(format!("/dev/shm/envoy_shared_memory_{}", base_id * 10));
+        }
+    }
+}
+
 /// The example, with its files in `directory`.
 fn localise(kind: Kind, directory: &Path) -> String {
     let file = |name: &str| directory.join(name).display().to_string();
