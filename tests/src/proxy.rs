@@ -181,6 +181,19 @@ impl Proxy {
     }
 }
 
+/// Removes what no end of Envoy does: its shared memory, which is named after its base ID. So are the logs
+/// in a run's directory.
+pub(crate) fn remove_shared_memory(run: &Path) {
+    for entry in fs::read_dir(run).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let base_id = name.split_once("-envoy-").and_then(|(_, rest)| rest.split('-').next());
+        if let Some(base_id) = base_id.and_then(|digits| digits.parse::<u64>().ok()) {
+            // Envoy multiplies it by ten.
+            let _ = fs::remove_file(format!("/dev/shm/envoy_shared_memory_{}", base_id * 10));
+        }
+    }
+}
+
 /// The example, with its files in `directory`.
 fn localise(kind: Kind, directory: &Path) -> String {
     let file = |name: &str| directory.join(name).display().to_string();
@@ -197,11 +210,8 @@ fn localise(kind: Kind, directory: &Path) -> String {
         Kind::HaproxyRedirect => template
             .replace("/run/haproxy-sidecar.sock", &file("admin.sock"))
             .replace("source 0.0.0.0 usesrc clientip", "source 127.0.0.6")
-            // With REDIRECT, the socket's own address is the proxy's; conntrack knows the other one.
-            .replace(
-                "default_backend application",
-                "http-request set-dst dst\n    default_backend application",
-            ),
+            // HAProxy asks conntrack for the original destination, but only of IPv4 sockets.
+            .replace("bind :::15006 v4v6", "bind 0.0.0.0:15006"),
         Kind::Nginx => template.replace("/run/nginx-sidecar.pid", &file("nginx.pid")).replace(
             "http {\n",
             &format!(
@@ -231,6 +241,8 @@ fn launch(
             command.args(["--config-path", &config, "--concurrency", "2", "--log-level", "info"]);
             command.args(["--base-id", &base_id.to_string(), "--restart-epoch", &epoch.to_string()]);
             command.args(["--drain-time-s", "1", "--parent-shutdown-time-s", "2"]);
+            // Else the access log comes after ten seconds.
+            command.args(["--file-flush-interval-msec", "50"]);
             command.args(["--socket-path", &format!("@srcip-{base_id}")]);
             command.args(["--service-cluster", "sidecar", "--service-node", host.name()]);
             ("envoy", command)

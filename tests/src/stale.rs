@@ -13,6 +13,8 @@ use std::{
 use nix::mount::{MntFlags, umount2};
 use srcip_user::dataplane::{Dataplane, hooks::cgroup_root};
 
+use crate::proxy::remove_shared_memory;
+
 /// Where runs keep their files and BPF file systems.
 pub const RUN_DIRECTORY: &str = "/run/srcip-worlds";
 
@@ -26,8 +28,12 @@ fn is_stale(name: &str) -> bool {
     let Some(pid) = name.strip_prefix("srcip-").and_then(|rest| rest.split('-').next()) else {
         return false;
     };
-    if pid.parse::<u32>().is_err() {
+    let Ok(pid) = pid.parse::<u32>() else {
         return false;
+    };
+    // This run has made nothing yet: its number was an earlier one's.
+    if pid == std::process::id() {
+        return true;
     }
     // A number used again by something else is not that run.
     let runs = fs::read_link(format!("/proc/{pid}/exe")).ok();
@@ -43,7 +49,8 @@ fn entries(directory: &Path) -> Vec<(String, PathBuf)> {
     entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path())).collect()
 }
 
-/// Removes everything of runs that have ended. Returns what it was.
+/// Removes everything of runs that have ended. Returns what it was. To be called before this run makes
+/// anything.
 pub fn remove() -> Vec<String> {
     let mut removed = Vec::new();
     let stale = |directory: &Path| {
@@ -84,5 +91,6 @@ pub(crate) fn remove_directory(path: &Path) {
         let _ = Dataplane::new(pins).cleanup();
     }
     let _ = umount2(&bpf, MntFlags::MNT_DETACH);
+    remove_shared_memory(path);
     let _ = fs::remove_dir_all(path);
 }
