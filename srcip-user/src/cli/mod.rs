@@ -16,7 +16,7 @@ use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand};
 use tracing::level_filters::LevelFilter;
 
 use crate::{
-    dataplane::{Dataplane, pins::DEFAULT_PIN_PATH},
+    dataplane::{Dataplane, error::chain, pins::DEFAULT_PIN_PATH},
     netns::{Netns, NetnsError},
 };
 
@@ -115,7 +115,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

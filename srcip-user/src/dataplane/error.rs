@@ -162,8 +162,8 @@ pub(crate) fn object_error(error: EbpfError) -> Error {
     Error::Bpf { action: "load the eBPF object".to_owned(), source: chain(&error).into() }
 }
 
-/// An error with its causes: aya's `Display` often leaves out the one that matters.
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error with its causes, each once: some errors name theirs, some leave out the one that matters.
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -53,8 +53,8 @@ fn mistakes_about_the_namespace() {
     );
     assert_says(&attach("/etc/hostname"), &["/etc/hostname is not a network namespace", "/proc/PID/ns/net"]);
     assert_says(&attach("/proc/self/ns/mnt"), &["is not a network namespace"]);
-    let host = "/proc/1/ns/net is the host's own network namespace";
-    assert_says(&attach("/proc/1/ns/net"), &[host, "--host-netns"]);
+    let host = "/proc/self/ns/net is the host's own network namespace";
+    assert_says(&attach("/proc/self/ns/net"), &[host, "--host-netns"]);
     let error = scenario.srcip.fail("attach --pid 4194305 --proxy-port 15006").unwrap();
     assert_says(&error, &["/proc/4194305/ns/net: no such file"]);
     let error = scenario.srcip.fail("detach --name nobody").unwrap();
@@ -200,24 +200,17 @@ fn pins_of_another_version() {
 /// An object whose first instruction of `sk_lookup` reads a register that nobody has written.
 #[test]
 fn a_program_the_verifier_rejects() {
-    use object::{Object as _, ObjectSection as _};
+    use object::{Object as _, ObjectSection as _, ObjectSymbol as _};
     let scenario = Scenario::empty(Engine::SkLookup);
     let mut bytes = srcip_user::EBPF_OBJECT.to_vec();
-    let (offset, _) = {
+    let at = {
         let file = object::File::parse(&bytes[..]).unwrap();
         let section = file.sections().find(|s| s.name() == Ok("sk_lookup")).unwrap();
-        section.file_range().unwrap()
+        let symbol = file.symbols().find(|s| s.name() == Ok("srcip_sk_lookup")).unwrap();
+        (section.file_range().unwrap().0 + symbol.address()) as usize
     };
-    // `r0 = r9`: BPF_ALU64 | BPF_MOV | BPF_X; every program in the section starts somewhere in it, ours
-    // at 0 or further on, so all of it is made of this, but for the `exit` at its end.
-    let size = {
-        let file = object::File::parse(&bytes[..]).unwrap();
-        let section = file.sections().find(|s| s.name() == Ok("sk_lookup")).unwrap();
-        section.size()
-    };
-    for at in (offset..offset + size - 8).step_by(8) {
-        bytes[at as usize..at as usize + 8].copy_from_slice(&[0xbf, 0x90, 0, 0, 0, 0, 0, 0]);
-    }
+    // `r0 = r9`: BPF_ALU64 | BPF_MOV | BPF_X.
+    bytes[at..at + 8].copy_from_slice(&[0xbf, 0x90, 0, 0, 0, 0, 0, 0]);
     let path = scenario.world.directory().join("bad.o");
     std::fs::write(&path, bytes).unwrap();
     let mut command = scenario.srcip.command(&scenario.srcip.attach_arguments(&scenario.pod, ""));
