@@ -17,7 +17,8 @@ use crate::{
     },
     netns::Netns,
     ports::{DEFAULT_UPSTREAM_PORTS, UpstreamPortList},
-    routing::{self, ForeignRule, ReturnRoute, RoutingError, Sysctls},
+    routing::{self, ForeignRule, ReturnRoute, RoutingError},
+    sysctl::{self, Sysctls},
 };
 
 /// How a check came out; the worst one is the report's.
@@ -290,7 +291,7 @@ fn loopback() -> Check {
 
 fn ephemeral_ports() -> Check {
     const NAME: &str = "pod: ephemeral ports";
-    match routing::ephemeral_ports() {
+    match sysctl::ephemeral_ports() {
         Ok((first, last)) => {
             let ports: UpstreamPortList =
                 DEFAULT_UPSTREAM_PORTS.parse().expect("a constant that a test parses");

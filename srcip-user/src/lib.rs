@@ -3,7 +3,8 @@
 //!
 //! - [`cli`]: the command line, one file per verb.
 //! - [`dataplane`]: attach, detach, status; the two engines; pins.
-//! - [`netns`], [`routing`], [`sockets`]: a pod's network namespace, its return route, its sockets.
+//! - [`netns`], [`routing`], [`sysctl`], [`sockets`]: a pod's network namespace, its return route, its
+//!   sockets.
 //! - [`doctor`]: what a node can run.
 
 pub mod cli;
@@ -13,6 +14,7 @@ pub mod netns;
 pub mod ports;
 pub mod routing;
 pub mod sockets;
+pub mod sysctl;
 
 /// The compiled eBPF programs.
 pub static EBPF_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/srcip"));

@@ -1,13 +1,13 @@
 //! The return route: brings the application's answers, addressed to the client, back to the proxy.
 //!
 //! In the pod's network namespace, per family: one rule that sends marked packets to a table, and one
-//! `local default dev lo` route in that table; and a few sysctls, see [`Sysctls`].
+//! `local default dev lo` route in that table; and a few sysctls, see
+//! [`crate::sysctl`].
 //!
 //! Everything here acts on the calling thread's network namespace.
 
 use std::{
-    collections::BTreeMap,
-    fs, io,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::Path,
 };
@@ -38,12 +38,12 @@ const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 #[derive(Debug, thiserror::Error)]
 #[error("failed to {action}: {source}{hint}")]
 pub struct RoutingError {
-    action: String,
-    source: io::Error,
-    hint: &'static str,
+    pub(crate) action: String,
+    pub(crate) source: io::Error,
+    pub(crate) hint: &'static str,
 }
 
-type Result<T> = std::result::Result<T, RoutingError>;
+pub(crate) type Result<T> = std::result::Result<T, RoutingError>;
 
 /// What a return route is made of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -315,79 +315,6 @@ pub fn loopback_is_up() -> Result<bool> {
     })
 }
 
-/// The sysctls of a pod's network namespace that upstream legs depend on, by name.
-#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-#[serde(transparent)]
-pub struct Sysctls(BTreeMap<String, u8>);
-
-/// What upstream legs need.
-const NEEDED: [(&str, u8); 4] = [
-    // The application's socket gets the mark that the connection's SYN had, and by that its answers find
-    // their way back. Linux 3.15.
-    ("net.ipv4.tcp_fwmark_accept", 1),
-    // The same for what the kernel answers without a socket: a reset from a port nobody listens on.
-    ("net.ipv4.fwmark_reflect", 1),
-    ("net.ipv6.fwmark_reflect", 1),
-    // A source port can be used again a second after the proxy has closed a connection from it, instead
-    // of a minute. The default, 2, allows that for loopback addresses only, and upstream legs have a
-    // client's: one client could open 450 connections a second, no more. Linux 4.19 for the default.
-    ("net.ipv4.tcp_tw_reuse", 1),
-];
-
-impl Sysctls {
-    /// What upstream legs need, as far as this kernel has it.
-    pub fn needed() -> Result<Self> {
-        let current = Self::read()?;
-        let needed = NEEDED.map(|(name, value)| (name.to_owned(), value));
-        Ok(Self(needed.into_iter().filter(|(name, _)| current.0.contains_key(name)).collect()))
-    }
-
-    /// Reads them.
-    pub fn read() -> Result<Self> {
-        let mut values = BTreeMap::new();
-        for (name, _) in NEEDED {
-            match fs::read_to_string(sysctl_path(name)) {
-                Ok(text) => {
-                    let value = text.trim().parse().map_err(io::Error::other);
-                    values.insert(name.to_owned(), failing_io(&format!("read {name}"), value)?);
-                }
-                // A kernel without IPv6.
-                Err(error) if error.kind() == io::ErrorKind::NotFound && name.starts_with("net.ipv6") => {}
-                Err(source) => failing_io(&format!("read {name}"), Err(source))?,
-            }
-        }
-        Ok(Self(values))
-    }
-
-    /// Sets those that differ.
-    pub fn write(&self) -> Result<()> {
-        let current = Self::read()?;
-        for (name, value) in self.0.iter().filter(|(name, value)| current.0.get(*name) != Some(value)) {
-            fs::write(sysctl_path(name), value.to_string()).map_err(|source| RoutingError {
-                action: format!("set {name} to {value}"),
-                source,
-                hint: "; a container needs /proc/sys mounted writable for that",
-            })?;
-        }
-        Ok(())
-    }
-}
-
-fn sysctl_path(name: &str) -> String {
-    format!("/proc/sys/{}", name.replace('.', "/"))
-}
-
-/// The ephemeral ports that this namespace's own connections use.
-pub fn ephemeral_ports() -> Result<(u16, u16)> {
-    const PATH: &str = "/proc/sys/net/ipv4/ip_local_port_range";
-    let text = failing_io("read net.ipv4.ip_local_port_range", fs::read_to_string(PATH))?;
-    let mut numbers = text.split_whitespace().map(str::parse);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(first)), Some(Ok(last))) => Ok((first, last)),
-        _ => failing_io("read net.ipv4.ip_local_port_range", Err(io::Error::other(text))),
-    }
-}
-
 /// Runs `f` with a netlink connection on this thread, so that it is in this thread's namespace.
 fn netlink<T>(f: impl AsyncFnOnce(Handle) -> Result<T>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
@@ -427,7 +354,7 @@ fn failing<T>(action: &str, result: std::result::Result<T, rtnetlink::Error>) ->
     failing_io(action, result.map_err(into_io))
 }
 
-fn failing_io<T>(action: &str, result: io::Result<T>) -> Result<T> {
+pub(crate) fn failing_io<T>(action: &str, result: io::Result<T>) -> Result<T> {
     result.map_err(|source| RoutingError { action: action.to_owned(), source, hint: "" })
 }
 

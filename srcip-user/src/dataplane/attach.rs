@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{
     netns::NetnsCookie,
-    routing::{self, ForeignRule, Sysctls},
+    routing::{self, ForeignRule},
+    sysctl::{self, Sysctls},
 };
 
 /// What an attach did.
@@ -188,7 +189,7 @@ fn warnings(spec: &AttachSpec, record: &Record) -> Result<Vec<String>> {
         .netns
         .run(|| {
             let route = record.route();
-            Ok((route.foreign_rules()?, route.foreign_routes()?, routing::ephemeral_ports()?))
+            Ok((route.foreign_rules()?, route.foreign_routes()?, sysctl::ephemeral_ports()?))
         })?
         .map_err(|e| in_netns(e, &spec.netns))?;
     let mut warnings: Vec<String> = foreign

@@ -8,7 +8,8 @@ use srcip_common::pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER};
 use crate::{
     netns::{Netns, NetnsCookie},
     ports::{PortList, UpstreamPortList, steered_ports},
-    routing::{Device, ReturnRoute, Sysctls},
+    routing::{Device, ReturnRoute},
+    sysctl::Sysctls,
 };
 
 /// Istio's own ports, never steered: merged telemetry and health (15020), readiness (15021), Envoy's

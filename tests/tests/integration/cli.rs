@@ -4,9 +4,9 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 use srcip_tests::{
-    Family, client,
+    Family,
     process::{run, sh},
-    proxy::{Kind, Proxy},
+    proxy::Kind,
     srcip::binary,
 };
 
@@ -341,22 +341,4 @@ fn doctor_names_the_cures() {
     assert_says(check(&report, "loopback")["cure"].as_str().unwrap(), &["ip link set lo up"]);
     let output = scenario.srcip.output("doctor").unwrap();
     assert_says(&String::from_utf8_lossy(&output.stdout), &["RESULT", "CHECK", "FOUND", "CURE"]);
-}
-
-/// A proxy that takes its source port at `bind` shows in the status, and the option cures it.
-#[test]
-fn a_proxy_that_takes_its_port_at_bind() {
-    let mut scenario = Scenario::empty(Engine::SkLookup);
-    scenario.application = Some(srcip_tests::peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
-    // HAProxy with a range of source ports binds to one of them.
-    let proxy = Proxy::start_with(&scenario.pod, Kind::Haproxy, |config| {
-        config.replace("source 0.0.0.0 usesrc clientip", "source 0.0.0.0 usesrc client")
-    });
-    scenario.proxy = Some(proxy.unwrap());
-    scenario.attach("");
-    // `usesrc client` takes the client's own port: the connection mirrors itself, which status shows.
-    let _ = client::ask_once(&scenario.client, scenario.pod.socket(Family::V4, 8000));
-    let status = scenario.srcip.status(&scenario.pod).unwrap();
-    assert!(status["counters"]["upstream_port_kept"].as_u64().unwrap() > 0, "{status}");
-    assert_says(&status["problems"].to_string(), &["IP_BIND_ADDRESS_NO_PORT", "--upstream-port-at bind"]);
 }

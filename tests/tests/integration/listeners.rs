@@ -104,3 +104,37 @@ fn wait_for_listeners(scenario: &Scenario, count: usize) {
     }
     panic!("there are not {count} listeners");
 }
+
+/// A proxy that takes its source port at `bind` shows in the status, and the option cures it. socat is
+/// one: it binds without `IP_BIND_ADDRESS_NO_PORT`.
+#[test]
+fn a_proxy_that_takes_its_port_at_bind() {
+    for engine in [Engine::SkLookup, Engine::Tc] {
+        let mut scenario = Scenario::empty(engine);
+        scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+        let client = scenario.client.address(Family::V4);
+        let to = scenario.pod.socket(Family::V4, PORT);
+        let mut socat = scenario.pod.command("socat").unwrap();
+        socat.arg("TCP4-LISTEN:15006,fork,reuseaddr,backlog=64");
+        socat.arg(format!("TCP4:{to},bind={client},ip-transparent"));
+        let _socat = scenario.pod.start("socat", socat).unwrap();
+        while !scenario.pod.listens(15006) {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        scenario.attach("");
+        let seen = scenario.ask(Family::V4);
+        assert_eq!(seen.peer.ip(), client);
+        assert!((32768..61000).contains(&seen.peer.port()), "a port that clients use: {seen:?}");
+        assert_eq!(scenario.counter("upstream_port_kept"), 1);
+        let problems = scenario.srcip.status(&scenario.pod).unwrap()["problems"].to_string();
+        assert!(problems.contains("attach with --upstream-port-at bind"), "{problems}");
+
+        scenario.attach("--upstream-port-at bind");
+        for _ in 0..50 {
+            let seen = scenario.ask(Family::V4);
+            assert_eq!(seen.peer.ip(), client);
+            assert!(!(32768..61000).contains(&seen.peer.port()), "{seen:?}");
+        }
+        assert_eq!((scenario.counter("upstream"), scenario.counter("upstream_port_kept")), (51, 1));
+    }
+}
