@@ -1,0 +1,163 @@
+//! `cargo xtask setup`: installs what building, the demonstration and the tests take, if it is missing.
+
+pub mod apt;
+pub mod core_source;
+mod envoy;
+mod linker;
+
+use std::{
+    env,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Result, bail};
+
+use crate::shell;
+use apt::Wish;
+use core_source::BpfToolchain;
+
+/// What is to be done with the checkout; each includes the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// Building.
+    Build,
+    /// The demonstration.
+    Run,
+    /// The integration tests.
+    Test,
+}
+
+/// A program that has to be there, and the package it comes in.
+struct Program {
+    name: &'static str,
+    package: &'static str,
+    scope: Scope,
+    why: &'static str,
+}
+
+const PROGRAMS: [Program; 5] = [
+    Program {
+        name: "ip",
+        package: "iproute2",
+        scope: Scope::Run,
+        why: "it makes hosts out of network namespaces",
+    },
+    Program {
+        name: "iptables",
+        package: "iptables",
+        scope: Scope::Run,
+        why: "srcip is shown beside a mesh that redirects with iptables",
+    },
+    Program { name: "haproxy", package: "haproxy", scope: Scope::Test, why: "the tests run srcip with it" },
+    // A whole nginx has the same program; this is the smallest package with one.
+    Program { name: "nginx", package: "nginx-light", scope: Scope::Test, why: "the tests run srcip with it" },
+    Program {
+        name: "bpftool",
+        package: "bpftool",
+        scope: Scope::Test,
+        why: "the tests look at eBPF programs and maps with it, from outside",
+    },
+];
+
+/// What the builds that follow have to be told.
+#[derive(Debug)]
+pub struct Ready {
+    bpf: BpfToolchain,
+}
+
+impl Ready {
+    /// Cargo, set up to build this workspace.
+    pub fn cargo(&self) -> Result<Command> {
+        let mut command = shell::cargo();
+        self.prepare(&mut command)?;
+        Ok(command)
+    }
+
+    /// Gives a command the environment in which the eBPF programs build.
+    pub fn prepare(&self, command: &mut Command) -> Result<()> {
+        if let Some(name) = self.bpf_toolchain().filter(|_| self.bpf.told) {
+            command.env("SRCIP_BPF_TOOLCHAIN", name);
+        }
+        // Cargo's directory is on PATH with rustup, not always without; bpf-linker is in it.
+        let installed = shell::cargo_home()?.join("bin");
+        let path = env::var_os("PATH").unwrap_or_default();
+        command.env("PATH", env::join_paths([installed].into_iter().chain(env::split_paths(&path)))?);
+        Ok(())
+    }
+
+    /// The toolchain for the eBPF programs, if it is not the active one.
+    pub fn bpf_toolchain(&self) -> Option<&str> {
+        self.bpf.name.as_deref()
+    }
+}
+
+/// The task.
+pub fn run(arguments: &[String]) -> Result<ExitCode> {
+    let scope = match arguments {
+        [] => Scope::Build,
+        [what] if what == "run" => Scope::Run,
+        [what] if what == "test" => Scope::Test,
+        _ => bail!("usage: cargo xtask setup [run|test]"),
+    };
+    ensure(scope)?;
+    let what = match scope {
+        Scope::Build => "building",
+        Scope::Run => "building and the demonstration",
+        Scope::Test => "building, the demonstration and the tests",
+    };
+    shell::note(&format!("nothing is missing for {what}"));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Installs what is missing. Says nothing if nothing is.
+pub fn ensure(scope: Scope) -> Result<Ready> {
+    let bpf = core_source::ensure()?;
+    let linker = linker::plan(bpf.llvm)?;
+    let envoy = if scope >= Scope::Run { envoy::plan()? } else { None };
+
+    // All at once, so that who has to install by hand gets one list.
+    let mut wishes: Vec<Wish> = missing_programs(scope, &|name| shell::find_program(name).is_some());
+    wishes.extend(linker.as_ref().and_then(linker::Plan::wish));
+    wishes.extend(envoy.as_ref().and_then(envoy::Plan::wish));
+    apt::install(&wishes)?;
+
+    if let Some(plan) = linker {
+        plan.carry_out()?;
+    }
+    if let Some(plan) = envoy
+        && let Err(error) = plan.carry_out()
+    {
+        shell::note(&format!("going on without Envoy: {error:#}"));
+        if shell::find_program("haproxy").is_none() {
+            apt::install(&[Wish::new("haproxy", "the demonstration uses it in Envoy's place")])?;
+        }
+    }
+    Ok(Ready { bpf })
+}
+
+fn missing_programs(scope: Scope, is_there: &dyn Fn(&str) -> bool) -> Vec<Wish> {
+    let wanted = PROGRAMS.iter().filter(|program| program.scope <= scope && !is_there(program.name));
+    wanted.map(|program| Wish::new(program.package, program.why)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packages(scope: Scope, there: &[&str]) -> Vec<String> {
+        let missing = missing_programs(scope, &|name| there.contains(&name));
+        missing.into_iter().map(|wish| wish.package).collect()
+    }
+
+    #[test]
+    fn each_scope_has_its_programs() {
+        assert!(packages(Scope::Build, &[]).is_empty());
+        assert_eq!(packages(Scope::Run, &[]), ["iproute2", "iptables"]);
+        assert_eq!(packages(Scope::Test, &[]), ["iproute2", "iptables", "haproxy", "nginx-light", "bpftool"]);
+    }
+
+    #[test]
+    fn a_program_that_is_there_is_not_installed_whatever_its_package() {
+        assert_eq!(packages(Scope::Test, &["ip", "nginx", "bpftool"]), ["iptables", "haproxy"]);
+    }
+}
