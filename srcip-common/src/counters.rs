@@ -26,8 +26,9 @@ pub struct Counters {
     pub client_port_in_upstream_range: u64,
     /// Listeners that found every slot taken. They still answer as members of a reuseport group.
     pub listener_slots_full: u64,
-    /// Fragmented SYNs refused by the `tc` engine, which sees fragments before reassembly.
-    pub fragments_refused: u64,
+    /// Packets refused by the `tc` engine because they could hide a connection attempt: fragments, which
+    /// it sees before reassembly, and endless extension headers.
+    pub disguised_refused: u64,
 }
 
 impl core::ops::AddAssign for Counters {
@@ -42,7 +43,7 @@ impl core::ops::AddAssign for Counters {
             upstream_ports_exhausted,
             client_port_in_upstream_range,
             listener_slots_full,
-            fragments_refused,
+            disguised_refused,
         } = other;
         self.steered += steered;
         self.passed += passed;
@@ -53,6 +54,6 @@ impl core::ops::AddAssign for Counters {
         self.upstream_ports_exhausted += upstream_ports_exhausted;
         self.client_port_in_upstream_range += client_port_in_upstream_range;
         self.listener_slots_full += listener_slots_full;
-        self.fragments_refused += fragments_refused;
+        self.disguised_refused += disguised_refused;
     }
 }

@@ -80,6 +80,8 @@ pub struct Segment {
     pub source: Endpoint,
     /// Whom it is for.
     pub destination: Endpoint,
+    /// Only the first fragment of it; the rest comes without ports.
+    pub is_fragment: bool,
     flags: u8,
 }
 
@@ -94,13 +96,14 @@ impl Segment {
 /// What a packet turned out to be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Parsed {
-    /// A whole TCP segment.
+    /// A TCP segment, or the first fragment of one.
     Segment(Segment),
     /// Not TCP, a later fragment, or nothing that was understood: the kernel's business.
     Other,
-    /// The first fragment of a connection attempt, or one too short to tell. No TCP sends these; let
-    /// through, they would reach the application past the proxy (RFC 1858, "tiny fragment attack").
-    FragmentedSyn,
+    /// Perhaps a segment, made so that it cannot be told: the first fragment ends inside the TCP header
+    /// (RFC 1858, "tiny fragment attack"), or there are more extension headers than this looks at. No
+    /// stack sends these; let through, a SYN would reach the application past the proxy.
+    Disguised,
 }
 
 /// Parses an IP packet of `ethertype` (host byte order).
@@ -140,7 +143,8 @@ fn parse_v6<P: Packet + ?Sized>(packet: &P) -> Option<Parsed> {
     let mut next = header.next_hdr;
     let mut offset = Ipv6Hdr::LEN as u32;
     let mut fragment = Fragment { offset: 0, more: false };
-    for _ in 0..MAX_EXTENSIONS {
+    // One round more, to find TCP behind the last one.
+    for _ in 0..=MAX_EXTENSIONS {
         // The second byte is the length: in 8 octets without the first 8 for options and routing, in 4
         // octets without the first 8 for the authentication header, reserved for the fragment header.
         let length = match next {
@@ -165,16 +169,16 @@ fn parse_v6<P: Packet + ?Sized>(packet: &P) -> Option<Parsed> {
                 }
                 8
             }
-            _ => break,
+            TCP => {
+                let source = Address::from_v6_be(words(header.src_addr));
+                let destination = Address::from_v6_be(words(header.dst_addr));
+                return parse_tcp(packet, offset, fragment, source, destination);
+            }
+            _ => return None,
         };
         offset += length;
     }
-    if next != TCP {
-        return None;
-    }
-    let source = Address::from_v6_be(words(header.src_addr));
-    let destination = Address::from_v6_be(words(header.dst_addr));
-    parse_tcp(packet, offset, fragment, source, destination)
+    Some(Parsed::Disguised)
 }
 
 #[inline]
@@ -206,20 +210,16 @@ fn parse_tcp<P: Packet + ?Sized>(
         return None;
     }
     let Some(header) = packet.load::<TcpHdr>(offset) else {
-        return fragment.more.then_some(Parsed::FragmentedSyn);
+        return fragment.more.then_some(Parsed::Disguised);
     };
     // network-types numbers the flag bits for big-endian bit fields; the 14th octet is plainer.
     let [flags] = packet.load::<[u8; 1]>(offset + 13)?;
-    let segment = Segment {
+    Some(Parsed::Segment(Segment {
         source: Endpoint { address: source, port: u16::from_be_bytes(header.source) },
         destination: Endpoint { address: destination, port: u16::from_be_bytes(header.dest) },
+        is_fragment: fragment.more,
         flags,
-    };
-    Some(match (fragment.more, segment.is_syn()) {
-        (false, _) => Parsed::Segment(segment),
-        (true, true) => Parsed::FragmentedSyn,
-        (true, false) => Parsed::Other,
-    })
+    }))
 }
 
 #[cfg(test)]

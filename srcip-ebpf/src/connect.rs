@@ -138,8 +138,8 @@ pub fn store_cursor(netns: u64, cursor: u32) {
     }
 }
 
-/// Whether a connection with these ends can be opened: no socket of the application, or of a client
-/// who came from this very port, has them already.
+/// Whether a connection with these ends can be opened: no socket of the application, of a client who
+/// came from this very port, or of the proxy itself has them already.
 #[inline(always)]
 fn is_free(ctx: &SockAddrContext, source: Endpoint, destination: Endpoint, take_time_wait: bool) -> bool {
     match sys::receiver_state(ctx, source, destination) {
@@ -147,9 +147,13 @@ fn is_free(ctx: &SockAddrContext, source: Endpoint, destination: Endpoint, take_
         None | Some(tcp_state::LISTEN | tcp_state::TIME_WAIT) => {}
         Some(_) => return false,
     }
-    // The proxy's own end in TIME_WAIT makes connect fail with EADDRNOTAVAIL, unless it is at least a
-    // second old and net.ipv4.tcp_tw_reuse is 1, as attach sets it.
-    take_time_wait || !matches!(sys::receiver_state(ctx, destination, source), Some(tcp_state::TIME_WAIT))
+    match sys::receiver_state(ctx, destination, source) {
+        None | Some(tcp_state::LISTEN) => true,
+        // Makes connect fail with EADDRNOTAVAIL, unless it is at least a second old and
+        // net.ipv4.tcp_tw_reuse is 1, as attach sets it.
+        Some(tcp_state::TIME_WAIT) => take_time_wait,
+        Some(_) => false,
+    }
 }
 
 /// The socket's bound source, with port 0 if it has none yet, and where it connects to.

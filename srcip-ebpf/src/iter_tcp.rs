@@ -53,7 +53,6 @@ pub extern "C" fn srcip_iter_tcp(ctx: *mut IterTcp) -> c_int {
 #[inline(always)]
 fn register(ctx: &Iteration) -> Option<()> {
     let netns = maps::own_netns();
-    let pod = maps::pod(netns)?;
     // SAFETY: verified: the context is valid.
     let socket = unsafe { (*ctx.0).socket };
     if socket.is_null() {
@@ -61,7 +60,7 @@ fn register(ctx: &Iteration) -> Option<()> {
     }
     // SAFETY: verified: not null, and the iterator holds the socket while the program runs.
     let (port, family, state) = unsafe { ((*socket).port, (*socket).family, u32::from((*socket).state)) };
-    if state != tcp_state::LISTEN || port != pod.proxy_port {
+    if state != tcp_state::LISTEN || port != maps::wanted_port() {
         return None;
     }
     let cookie = sys::socket_cookie(socket.cast());

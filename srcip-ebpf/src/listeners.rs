@@ -29,6 +29,12 @@ fn assign_from(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> boo
     false
 }
 
+/// Forgets that a listener has a slot.
+#[inline(always)]
+pub fn forget(netns: u64, socket: u64) {
+    let _ = REGISTERED.remove(RegisteredKey { netns, socket });
+}
+
 /// Gives a listener a slot by `update`, which puts it there unless the slot is taken.
 #[inline(always)]
 pub fn register(

@@ -25,6 +25,11 @@ const MAX_PODS: u32 = 1024;
 #[unsafe(no_mangle)]
 static NETNS_COOKIE: Global<u64> = Global::new(0);
 
+/// The proxy's port for the listener iterator, which may run before the pod's settings say so. Host byte
+/// order.
+#[unsafe(no_mangle)]
+static PROXY_PORT: Global<u16> = Global::new(0);
+
 /// [`srcip_common::LAYOUT_VERSION`] of whoever made these maps.
 #[map]
 static LAYOUT: Array<u32> = Array::pinned(1, 0);
@@ -54,8 +59,10 @@ pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(16384, 0);
 #[map]
 pub static REGISTERED: LruHashMap<RegisteredKey, u8> = LruHashMap::pinned(16384, 0);
 
-/// Upstream legs on their way: from `connect` until the application's end is established or the
-/// attempt has failed. The value is the time of insertion, in nanoseconds since boot.
+/// Upstream legs whose next packet may pass `sk_lookup`: noted before the SYN leaves and before each
+/// retransmission, and again before the ACK that completes the handshake, for SYN cookies. A note is good
+/// for one packet, so that nobody else can use it while the application's queue is full. The value is the
+/// time of insertion, in nanoseconds since boot.
 #[map]
 static PENDING: LruHashMap<ConnectionKey, u64> = LruHashMap::pinned(65536, 0);
 
@@ -71,6 +78,12 @@ const PENDING_MAX_AGE_NS: u64 = 180_000_000_000;
 #[inline(always)]
 pub fn own_netns() -> u64 {
     NETNS_COOKIE.load()
+}
+
+/// The port whose listeners the iterator registers.
+#[inline(always)]
+pub fn wanted_port() -> u16 {
+    PROXY_PORT.load()
 }
 
 /// The pod with this netns cookie, if it is steered.
@@ -120,7 +133,7 @@ pub fn is_upstream(netns: u64, source: Address, destination: Address) -> bool {
     is_foreign(netns, source) && (destination.is_loopback() || is_own(netns, destination))
 }
 
-/// Whether this connection is an upstream leg on its way.
+/// Whether an upstream leg with these ends is noted.
 #[inline(always)]
 pub fn is_pending(key: &ConnectionKey) -> bool {
     // SAFETY: an LRU map may hand the element to another key while it is read; the worst is a wrong
@@ -148,6 +161,16 @@ pub fn reserve_pending(key: &ConnectionKey) -> bool {
         note_pending(key);
     }
     is_stale
+}
+
+/// Uses the note of an upstream leg, if there is one.
+#[inline(always)]
+pub fn take_pending(key: &ConnectionKey) -> bool {
+    let taken = is_pending(key);
+    if taken {
+        forget_pending(key);
+    }
+    taken
 }
 
 /// Takes the note back.

@@ -57,7 +57,7 @@ fn steer(ctx: &SkLookupContext) -> u32 {
     }
     let connection =
         ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port));
-    if maps::is_pending(&connection) {
+    if maps::take_pending(&connection) {
         return SK_PASS;
     }
 

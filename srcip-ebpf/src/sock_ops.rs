@@ -5,7 +5,8 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_NOEXIST, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB,
+        BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB,
     },
     macros::sock_ops,
@@ -38,12 +39,25 @@ fn follow(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
             let Ends { local, remote } = Ends::read(ctx);
             if maps::is_upstream(netns, local.0, remote.0) {
                 maps::note_pending(&ConnectionKey::new(netns, local, remote));
-                // To hear of its end, however it ends.
-                let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
+                // To hear of retransmissions and of its end, however it ends.
+                let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
+                let _ = ctx.set_cb_flags(flags as i32);
             }
         }
-        // The application's end stands. With SYN cookies this is the first the kernel knows of it: the
-        // ACK that completes the handshake is looked up once more, so the note must live until now.
+        // A SYN is about to leave once more.
+        BPF_SOCK_OPS_RTO_CB if field!(ctx.ops, state) == tcp_state::SYN_SENT => {
+            let Ends { local, remote } = Ends::read(ctx);
+            maps::note_pending(&ConnectionKey::new(netns, local, remote));
+        }
+        // The ACK is about to leave. With SYN cookies the application's end has no socket yet, and the ACK
+        // is looked up like the SYN.
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
+            let Ends { local, remote } = Ends::read(ctx);
+            if maps::is_upstream(netns, local.0, remote.0) {
+                maps::note_pending(&ConnectionKey::new(netns, local, remote));
+            }
+        }
+        // The application's end stands.
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
             let Ends { local, remote } = Ends::read(ctx);
             maps::forget_pending(&ConnectionKey::new(netns, remote, local));
@@ -64,6 +78,8 @@ fn listening(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
     }
     let family = ctx.family() as u16;
     let socket = sys::socket_cookie(ctx.as_ptr());
+    // It has just begun to listen: a slot it may have had before, it left when it stopped.
+    listeners::forget(netns, socket);
     listeners::register(netns, port, family, socket, |key| {
         // SAFETY: verified: the context is valid, and the helper takes the socket it stands for.
         LISTENERS.update(key, unsafe { &mut *ctx.ops }, BPF_NOEXIST.into()).is_ok()

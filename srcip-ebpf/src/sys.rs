@@ -27,6 +27,7 @@ pub const SO_MARK: i32 = 36;
 
 /// TCP states by number: include/net/tcp_states.h, stable as user-space API.
 pub mod tcp_state {
+    pub const SYN_SENT: u32 = 2;
     pub const TIME_WAIT: u32 = 6;
     pub const CLOSE: u32 = 7;
     pub const LISTEN: u32 = 10;

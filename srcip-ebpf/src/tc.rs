@@ -44,8 +44,8 @@ pub fn srcip_tc(ctx: TcContext) -> i32 {
     let ethertype = u16::from_be(field!(ctx.skb.skb, protocol) as u16);
     match packet::parse(&Skb(&ctx), ethertype) {
         Parsed::Segment(segment) => steer(&ctx, netns, pod, &segment),
-        Parsed::FragmentedSyn => {
-            maps::count(netns, |c: &mut Counters| &mut c.fragments_refused);
+        Parsed::Disguised => {
+            maps::count(netns, |c: &mut Counters| &mut c.disguised_refused);
             DROP
         }
         Parsed::Other => NEXT,
@@ -73,6 +73,12 @@ fn steer(ctx: &TcContext, netns: u64, pod: &Pod, segment: &Segment) -> i32 {
     }
     if !is_local(ctx, segment) {
         return NEXT;
+    }
+    if segment.is_fragment {
+        // Reassembled further up, it would be looked up like any other and find the application. No
+        // stack fragments what opens a connection.
+        maps::count(netns, |c: &mut Counters| &mut c.disguised_refused);
+        return DROP;
     }
     if segment.is_syn() && pod.upstream_ports.contains(source.port) {
         maps::count(netns, |c: &mut Counters| &mut c.client_port_in_upstream_range);
@@ -128,9 +134,9 @@ fn assign_at(ctx: &TcContext, listener: Endpoint, reopening: Option<&ConnectionK
             return false;
         }
         match reopening {
-            Some(key) => sys::store_socket(&REOPENING, key, socket, 0).is_ok(),
+            Some(key) if sys::store_socket(&REOPENING, key, socket, 0).is_ok() => true,
             // SAFETY: verified: the socket is held by the caller until this returns.
-            None => unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) == 0 },
+            _ => unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) == 0 },
         }
     })
     .unwrap_or(false)

@@ -346,8 +346,8 @@ fn interception() -> Check {
         NAME,
         Verdict::Limited,
         format!("these rules take the traffic first: {}", rules.join("; ")),
-        "remove them, e.g. with Istio's annotation sidecar.istio.io/inject off for inbound \
-         (traffic.sidecar.istio.io/includeInboundPorts: \"\")",
+        "remove them; Istio leaves inbound connections alone with the pod annotation \
+         traffic.sidecar.istio.io/includeInboundPorts: \"\"",
     )
 }
 
@@ -356,7 +356,8 @@ fn intercepting_rules(save: &str) -> Vec<String> {
     save.lines()
         .filter(|line| line.starts_with("-A "))
         .filter(|line| line.contains("-j REDIRECT") || line.contains("-j TPROXY"))
-        .filter(|line| !line.starts_with("-A OUTPUT"))
+        // Istio's chain for outbound connections redirects as well.
+        .filter(|line| !["-A OUTPUT ", "-A ISTIO_REDIRECT "].iter().any(|chain| line.starts_with(chain)))
         .map(str::to_owned)
         .collect()
 }
@@ -369,6 +370,7 @@ mod tests {
     fn finds_istios_rules_in_both_modes() {
         let save = "*nat\n:ISTIO_IN_REDIRECT - [0:0]\n-A PREROUTING -p tcp -j ISTIO_INBOUND\n\
                     -A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006\n\
+                    -A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports 15001\n\
                     -A OUTPUT -p tcp -j REDIRECT --to-ports 15001\nCOMMIT\n*mangle\n\
                     -A ISTIO_TPROXY ! -d 127.0.0.1/32 -p tcp -j TPROXY --on-port 15006\nCOMMIT\n";
         let rules = intercepting_rules(save);

@@ -8,6 +8,7 @@
 //! - [`doctor`]: what a node can run.
 
 pub mod cli;
+pub mod clsact;
 pub mod dataplane;
 pub mod doctor;
 pub mod netns;

@@ -18,7 +18,6 @@ use netlink_packet_route::{
     link::{LinkAttribute, LinkFlags},
     route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
-    tc::{TcAttribute, TcHandle},
 };
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
 
@@ -46,7 +45,7 @@ pub struct RoutingError {
 pub(crate) type Result<T> = std::result::Result<T, RoutingError>;
 
 /// What a return route is made of.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
 pub struct ReturnRoute {
     /// Routing mark of the upstream legs; matched with the full mask.
     pub mark: u32,
@@ -187,7 +186,9 @@ impl ReturnRoute {
     }
 
     fn is_our_rule(&self, rule: &RuleMessage) -> bool {
-        is_ours(rule) && rule.attributes.contains(&RuleAttribute::FwMark(self.mark))
+        is_ours(rule)
+            && rule.attributes.contains(&RuleAttribute::FwMark(self.mark))
+            && rule.attributes.contains(&RuleAttribute::Table(self.table))
     }
 
     fn route(&self, family: &IpVersion) -> RouteMessage {
@@ -316,7 +317,7 @@ pub fn loopback_is_up() -> Result<bool> {
 }
 
 /// Runs `f` with a netlink connection on this thread, so that it is in this thread's namespace.
-fn netlink<T>(f: impl AsyncFnOnce(Handle) -> Result<T>) -> Result<T> {
+pub(crate) fn netlink<T>(f: impl AsyncFnOnce(Handle) -> Result<T>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     failing_io("start the netlink connection", runtime)?.block_on(async {
         let connection = failing_io("open a netlink socket", rtnetlink::new_connection());
@@ -350,38 +351,10 @@ fn tolerate_io<T: Default>(error: io::Error, code: i32) -> io::Result<T> {
     if error.raw_os_error() == Some(code) { Ok(T::default()) } else { Err(error) }
 }
 
-fn failing<T>(action: &str, result: std::result::Result<T, rtnetlink::Error>) -> Result<T> {
+pub(crate) fn failing<T>(action: &str, result: std::result::Result<T, rtnetlink::Error>) -> Result<T> {
     failing_io(action, result.map_err(into_io))
 }
 
 pub(crate) fn failing_io<T>(action: &str, result: io::Result<T>) -> Result<T> {
     result.map_err(|source| RoutingError { action: action.to_owned(), source, hint: "" })
-}
-
-/// Whether a device has the `clsact` queueing discipline.
-pub fn has_clsact(device: &Device) -> Result<bool> {
-    netlink(async |handle| {
-        let mut handle = handle.qdisc();
-        let request = handle.get().index(device.index as i32);
-        let found = request.execute().try_collect::<Vec<_>>().await;
-        let found = failing("read the queueing disciplines", found)?;
-        Ok(found.iter().any(|qdisc| {
-            qdisc.header.index == device.index as i32
-                && qdisc.attributes.contains(&TcAttribute::Kind("clsact".to_owned()))
-        }))
-    })
-}
-
-/// Removes the `clsact` queueing discipline from a device, if it has it.
-pub fn remove_clsact(device: &Device) -> Result<()> {
-    if !has_clsact(device)? {
-        return Ok(());
-    }
-    netlink(async |handle| {
-        let mut handle = handle.qdisc();
-        let mut request = handle.del(device.index as i32);
-        request.message_mut().header.parent = TcHandle::CLSACT;
-        request.message_mut().header.handle = TcHandle::from(0xffff_0000);
-        failing("remove the clsact queueing discipline", request.execute().await)
-    })
 }

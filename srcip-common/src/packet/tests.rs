@@ -107,23 +107,37 @@ proptest! {
 }
 
 #[test]
-fn first_fragment_of_a_syn_is_told_apart() {
+fn first_fragments_are_told_apart() {
     let first = std::vec![0, 0, 0, 1, 0, 0, 0, 0];
-    for (flags, length, expected) in [
-        (SYN, 20, Parsed::FragmentedSyn),
-        (SYN, 8, Parsed::FragmentedSyn),
-        (ACK, 20, Parsed::Other),
-        (SYN | ACK, 20, Parsed::Other),
-    ] {
+    for (flags, length) in [(SYN, 20), (SYN, 19), (SYN, 8), (ACK, 20), (SYN | ACK, 20)] {
         let tcp = &tcp_header(1, 2, flags)[..length];
         let v6 = v6_packet(&[(extension::FRAGMENT, first.clone())], tcp);
-        assert_eq!(parse(&v6[..], ETH_P_IPV6), expected, "v6 flags {flags} length {length}");
         let mut ip = etherparse::Ipv4Header::new(20, 64, IpNumber::TCP, [1, 1, 1, 1], [2; 4]).unwrap();
         ip.more_fragments = true;
         let mut v4 = Vec::new();
         ip.write(&mut v4).unwrap();
         v4.extend_from_slice(tcp);
-        assert_eq!(parse(&v4[..], ETH_P_IP), expected, "v4 flags {flags} length {length}");
+        for parsed in [parse(&v4[..], ETH_P_IP), parse(&v6[..], ETH_P_IPV6)] {
+            if length < 20 {
+                assert_eq!(parsed, Parsed::Disguised, "flags {flags} length {length}");
+            } else {
+                let segment = segment_of(parsed);
+                assert!(segment.is_fragment);
+                assert_eq!(segment.is_syn(), flags == SYN);
+            }
+        }
+    }
+}
+
+#[test]
+fn tcp_behind_too_many_extension_headers_is_not_just_anything() {
+    for (count, expected) in [(MAX_EXTENSIONS, true), (MAX_EXTENSIONS + 1, false), (40, false)] {
+        let extensions = std::vec![(extension::DESTINATION, std::vec![0; 8]); count];
+        let parsed = parse(&v6_packet(&extensions, &tcp_header(5, 6, SYN))[..], ETH_P_IPV6);
+        match expected {
+            true => assert!(segment_of(parsed).is_syn()),
+            false => assert_eq!(parsed, Parsed::Disguised, "{count} headers"),
+        }
     }
 }
 

@@ -149,7 +149,7 @@ fn parse_number(text: &str) -> Option<u32> {
     }
 }
 
-fn parse_mark(text: &str) -> Result<u32, String> {
+pub(super) fn parse_mark(text: &str) -> Result<u32, String> {
     match parse_number(text) {
         Some(0) => Err("0 means no mark".to_owned()),
         Some(mark) => Ok(mark),
@@ -157,7 +157,7 @@ fn parse_mark(text: &str) -> Result<u32, String> {
     }
 }
 
-fn parse_table(text: &str) -> Result<u32, String> {
+pub(super) fn parse_table(text: &str) -> Result<u32, String> {
     match parse_number(text) {
         Some(0 | 253..=255) => Err(format!("table {text} is one of the system's own (default, main, local)")),
         Some(table) => Ok(table),

@@ -1,15 +1,15 @@
 //! `srcip detach`
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use clap::Args;
 
 use super::{output, privileges};
-use crate::{
-    dataplane::{Dataplane, detach::Detached, error::Error, record::Record},
-    netns::{Netns, NetnsError},
-};
+use crate::dataplane::{Dataplane, detach::Detached, error::Error, record::Record};
 
 /// Stop steering and leave nothing behind.
 ///
@@ -45,52 +45,53 @@ struct Target {
 impl Detach {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         privileges::require("detach")?;
-        let drain = Duration::from_secs(if self.now { 0 } else { self.drain });
+        let deadline = Instant::now() + Duration::from_secs(if self.now { 0 } else { self.drain });
         let records = self.target.records(dataplane)?;
         if records.is_empty() {
             // Also what an interrupted first attach left.
             dataplane.cleanup()?;
             eprintln!("nothing is attached");
         }
-        for record in records {
-            let name = &record.name;
-            let mut told = None;
-            let outcome = dataplane.detach(&record, drain, |left| {
-                if told != Some(left) {
-                    eprintln!("{name}: waiting for {left} upstream connections to end");
-                    told = Some(left);
-                }
-            })?;
-            match outcome {
-                Detached::Clean => output::print(format!("{name} detached\n").as_bytes())?,
-                Detached::Cut(left) => {
-                    eprintln!("warning: {name}: {left} upstream connections were cut off");
-                    output::print(format!("{name} detached\n").as_bytes())?;
-                }
-                Detached::Reattached => {
-                    eprintln!("{name} was attached again meanwhile and stays attached");
-                }
+        // First all stop, then all drain, at the same time. An error with one leaves the others to be done.
+        let mut failed = None;
+        let stopped: Vec<_> = records
+            .iter()
+            .filter(|record| dataplane.stop(record).map_err(|error| failed = Some(error)).is_ok())
+            .collect();
+        for record in stopped {
+            if let Err(error) = finish(dataplane, record, deadline) {
+                failed = Some(error);
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), |error| Err(error.into()))
     }
+}
+
+fn finish(dataplane: &Dataplane, record: &Record, deadline: Instant) -> Result<(), Error> {
+    let name = &record.name;
+    let mut told = None;
+    let outcome = dataplane.finish_detach(record, deadline, |left| {
+        if told != Some(left) {
+            eprintln!("{name}: waiting for {left} upstream connections to end");
+            told = Some(left);
+        }
+    })?;
+    match outcome {
+        Detached::Clean => {}
+        Detached::Cut(left) => eprintln!("warning: {name}: {left} upstream connections were cut off"),
+        Detached::Reattached => {
+            eprintln!("{name} was attached again meanwhile and stays attached");
+            return Ok(());
+        }
+    }
+    let printed = output::print(format!("{name} detached\n").as_bytes());
+    printed.map_err(|source| Error::File { action: "write to", path: "/dev/stdout".into(), source })
 }
 
 impl Target {
     fn records(&self, dataplane: &Dataplane) -> Result<Vec<Record>, Error> {
         match (&self.netns, &self.name) {
-            (Some(path), _) => match Netns::open(path) {
-                Ok(netns) => {
-                    let cookie = netns.cookie()?;
-                    dataplane.find_cookie(cookie, &path.display().to_string()).map(|r| vec![r])
-                }
-                // Gone, but perhaps still known by that path.
-                Err(error @ (NetnsError::NotFound(_) | NetnsError::NotANetns(_))) => {
-                    let known = dataplane.records()?.into_iter().find(|r| r.netns == *path);
-                    known.map(|record| vec![record]).ok_or(error.into())
-                }
-                Err(error) => Err(error.into()),
-            },
+            (Some(path), _) => dataplane.find_netns_path(path).map(|record| vec![record]),
             (None, Some(name)) => dataplane.find_name(name).map(|record| vec![record]),
             (None, None) => dataplane.records(),
         }

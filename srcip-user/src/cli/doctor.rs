@@ -4,7 +4,10 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Args;
 
-use super::output::{Format, colour, print_data, print_table};
+use super::{
+    attach::{parse_mark, parse_table},
+    output::{Format, colour, print_data, print_table},
+};
 use crate::{
     doctor::{Check, Options, Report, Verdict},
     netns::Netns,
@@ -23,10 +26,10 @@ pub(super) struct DoctorArgs {
     #[arg(long, value_name = "PID")]
     pid: Option<u32>,
     /// The routing mark that would be used.
-    #[arg(long, value_name = "N", default_value_t = 1337)]
+    #[arg(long, value_name = "N", default_value = "1337", value_parser = parse_mark)]
     mark: u32,
     /// The routing table that would be used.
-    #[arg(long, value_name = "N", default_value_t = 133)]
+    #[arg(long, value_name = "N", default_value = "133", value_parser = parse_table)]
     route_table: u32,
     /// How to print it.
     #[arg(short, long, value_enum, default_value = "table")]

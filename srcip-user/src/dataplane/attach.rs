@@ -1,6 +1,8 @@
 //! Attach: every step finds out whether it is done already, so that one that was interrupted is
 //! finished by running it again.
 
+use std::path::{Path, PathBuf};
+
 use srcip_common::pod::REOPEN_BY_LOOKUP;
 
 use super::{
@@ -44,24 +46,30 @@ impl Dataplane {
 
         let _lock = self.pins.create()?;
         Maps::check_layout(&self.pins)?;
-        let mut node = match object::load(&self.pins, None) {
-            Ok(node) => node,
-            Err(error) => {
-                self.remove_if_unused();
-                return Err(error);
-            }
-        };
+        let attached = self.attach_locked(&spec, cookie, cgroup, engine, reason, name);
+        if attached.is_err() {
+            self.remove_if_unused();
+        }
+        attached
+    }
+
+    fn attach_locked(
+        &self,
+        spec: &AttachSpec,
+        cookie: NetnsCookie,
+        cgroup: Option<PathBuf>,
+        engine: EngineKind,
+        engine_reason: String,
+        name: String,
+    ) -> Result<Attached> {
+        let mut node = object::load(&self.pins, None)?;
         Maps::stamp_layout(&self.pins)?;
         let mut maps = Maps::open(&self.pins)?;
+        self.check_conflicts(&mut maps, &name, cookie, cgroup.as_deref())?;
 
         let previous = maps.record(cookie)?;
-        let checked = self.check_conflicts(&maps, &name, cookie, cgroup.as_deref());
-        if let Err(error) = checked {
-            self.remove_if_unused();
-            return Err(error);
-        }
         let was_attached = previous.as_ref().is_some_and(|record| record.state == State::Attached);
-        let sysctls = spec.netns.run(Sysctls::read)?;
+        let sysctls = spec.netns.run(Sysctls::read)?.map_err(|e| in_netns(e, &spec.netns))?;
         let settings = &spec.settings;
         let mut record = Record {
             name,
@@ -69,7 +77,7 @@ impl Dataplane {
             netns_cookie: cookie,
             state: if was_attached { State::Attached } else { State::Attaching },
             engine,
-            engine_reason: reason,
+            engine_reason,
             proxy_port: settings.proxy_port,
             include_inbound_ports: settings.include.to_string(),
             exclude_inbound_ports: settings.exclude.to_string(),
@@ -79,22 +87,24 @@ impl Dataplane {
             upstream_ports: settings.upstream_ports.to_string(),
             upstream_port_at: settings.upstream_port_at,
             cgroup,
-            previous_sysctls: match &previous {
-                // Ours are in place already; the values to restore are those from before.
-                Some(previous) => previous.previous_sysctls.clone(),
-                None => sysctls.map_err(|e| in_netns(e, &spec.netns))?,
-            },
+            previous_sysctls: sysctls,
+            tc_hook: None,
             tc_devices: Vec::new(),
+            earlier_routes: Vec::new(),
         };
+        if let Some(previous) = &previous {
+            // Ours are in place already; the values to restore are those from before.
+            record.previous_sysctls.clone_from(&previous.previous_sysctls);
+            // What is in place stays remembered until it is taken away.
+            record.tc_devices.clone_from(&previous.tc_devices);
+            record.earlier_routes = previous.routes().filter(|route| *route != settings.route).collect();
+        }
         if engine == EngineKind::Tc {
-            if let Some(previous) = &previous {
-                record.tc_devices.clone_from(&previous.tc_devices);
-            }
-            let hook = spec.tc_hook.unwrap_or_else(tc::default_hook);
-            tc::plan(&spec.netns, hook, &mut record)?;
+            tc::plan(&spec.netns, spec.tc_hook.unwrap_or_else(tc::default_hook), &mut record)?;
         }
 
-        let done = self.carry_out(&mut maps, &mut node, &spec, previous.as_ref(), &mut record);
+        let mut warnings = Vec::new();
+        let done = self.carry_out(&mut maps, &mut node, spec, previous.as_ref(), &mut record, &mut warnings);
         if let Err(error) = done {
             if previous.is_none() {
                 // The first error is the one to report; `cleanup` finishes what this cannot.
@@ -104,7 +114,10 @@ impl Dataplane {
             }
             return Err(error);
         }
-        let warnings = warnings(&spec, &record)?;
+        match look_around(spec, &record) {
+            Ok(found) => warnings.extend(found),
+            Err(error) => warnings.push(format!("the pod could not be looked at: {error}")),
+        }
         Ok(Attached { record, was_attached, warnings })
     }
 
@@ -115,12 +128,20 @@ impl Dataplane {
         spec: &AttachSpec,
         previous: Option<&Record>,
         record: &mut Record,
+        warnings: &mut Vec<String>,
     ) -> Result<()> {
         let cookie = record.netns_cookie;
         let netns = &spec.netns;
         maps.store_record(record)?;
-        if let Some(cgroup) = &record.cgroup {
-            hooks::ensure(&self.pins, node, cgroup)?;
+        if let Some(cgroup) = &record.cgroup
+            && let Err(error) = hooks::ensure(&self.pins, node, cgroup)
+        {
+            if record.engine != EngineKind::Tc {
+                return Err(error);
+            }
+            // This engine can do without, with fewer guarantees.
+            warnings.push(format!("the hooks cannot be attached: {error}"));
+            record.cgroup = None;
         }
         let route = record.route();
         let addresses = netns
@@ -131,21 +152,22 @@ impl Dataplane {
             })?
             .map_err(|e| in_netns(e, netns))?;
         maps.store_addresses(cookie, &addresses)?;
+        let engine = record.engine.engine();
+        if previous.is_some_and(|previous| previous.proxy_port != record.proxy_port) {
+            engine.prepare(&self.pins, netns, record)?;
+        }
         let mut pod = spec.settings.pod();
         if record.engine == EngineKind::Tc && tc::has_companion() {
             pod.flags |= REOPEN_BY_LOOKUP;
         }
         maps.store_pod(cookie, pod)?;
-        // Last: from here on connections are steered.
-        let engine = record.engine.engine();
+        // From here on connections are steered.
         engine.attach(&self.pins, netns, record, &mut |record| maps.store_record(record))?;
-        if let Some(previous) = previous {
-            if previous.engine != record.engine {
-                previous.engine.engine().detach(&self.pins, Some(netns), previous)?;
-            }
-            if previous.route() != record.route() {
-                netns.run(|| previous.route().remove())?.map_err(|e| in_netns(e, netns))?;
-            }
+        for other in EngineKind::ALL.into_iter().filter(|kind| *kind != record.engine) {
+            other.engine().detach(&self.pins, Some(netns), record)?;
+        }
+        if record.engine != EngineKind::Tc {
+            record.tc_devices.clear();
         }
         record.state = State::Attached;
         maps.store_record(record)
@@ -153,14 +175,19 @@ impl Dataplane {
 
     fn check_conflicts(
         &self,
-        maps: &Maps,
+        maps: &mut Maps,
         name: &str,
         cookie: NetnsCookie,
-        cgroup: Option<&std::path::Path>,
+        cgroup: Option<&Path>,
     ) -> Result<()> {
         for other in maps.records()? {
             if other.name == name && other.netns_cookie != cookie {
-                return Err(Error::NameTaken { name: other.name, netns: other.netns });
+                if self.find_netns(&other).is_some() {
+                    return Err(Error::NameTaken { name: other.name, netns: other.netns });
+                }
+                // A pod of before, whose namespace has gone: this one has come in its place.
+                self.forget_gone(maps, &other)?;
+                continue;
             }
             if let (Some(attached), Some(wanted)) = (other.cgroup, cgroup)
                 && attached != wanted
@@ -184,7 +211,8 @@ fn default_name(spec: &AttachSpec, cookie: NetnsCookie) -> String {
     }
 }
 
-fn warnings(spec: &AttachSpec, record: &Record) -> Result<Vec<String>> {
+/// What the user should know about the pod's other rules, routes and ports.
+fn look_around(spec: &AttachSpec, record: &Record) -> Result<Vec<String>> {
     let (foreign, routes, ephemeral) = spec
         .netns
         .run(|| {

@@ -12,7 +12,7 @@ use super::{
     in_netns,
     maps::Maps,
     pins::remove_tree,
-    record::{Record, State},
+    record::{EngineKind, Record, State},
 };
 use crate::{
     netns::{Netns, NetnsCookie},
@@ -34,30 +34,34 @@ pub enum Detached {
 }
 
 impl Dataplane {
-    /// Stops steering a pod, waits up to `drain` for its upstream connections, and removes the rest.
+    /// Stops steering a pod. What its established connections need stays until [`Self::finish_detach`].
+    pub fn stop(&self, record: &Record) -> Result<()> {
+        let Some(_lock) = self.pins.lock()? else {
+            return Err(Error::NotAttached(record.name.clone()));
+        };
+        let cookie = record.netns_cookie;
+        let mut maps = Maps::open(&self.pins)?;
+        let mut current = maps.record(cookie)?.ok_or_else(|| Error::NotAttached(record.name.clone()))?;
+        let netns = self.find_netns(&current);
+        maps.stop_steering(cookie)?;
+        for engine in EngineKind::ALL {
+            engine.engine().detach(&self.pins, netns.as_ref(), &current)?;
+        }
+        current.state = State::Draining;
+        maps.store_record(&current)
+    }
+
+    /// Waits until `deadline` for the upstream connections of a stopped pod, and removes the rest.
     /// `progress` is told how many there still are.
-    pub fn detach(
+    pub fn finish_detach(
         &self,
         record: &Record,
-        drain: Duration,
+        deadline: Instant,
         mut progress: impl FnMut(usize),
     ) -> Result<Detached> {
         let cookie = record.netns_cookie;
         let netns = self.find_netns(record);
-        {
-            let Some(_lock) = self.pins.lock()? else {
-                return Err(Error::NotAttached(record.name.clone()));
-            };
-            let mut maps = Maps::open(&self.pins)?;
-            let mut current = maps.record(cookie)?.ok_or_else(|| Error::NotAttached(record.name.clone()))?;
-            maps.stop_steering(cookie)?;
-            current.engine.engine().detach(&self.pins, netns.as_ref(), &current)?;
-            current.state = State::Draining;
-            maps.store_record(&current)?;
-        }
-
         // The lock is free meanwhile: other pods can come and go.
-        let deadline = Instant::now() + drain;
         let mut left = self.upstream_connections(cookie, netns.as_ref())?;
         while left > 0 && Instant::now() < deadline {
             progress(left);
@@ -77,28 +81,34 @@ impl Dataplane {
         }
     }
 
-    /// Removes every trace of this instance, whatever state it is in. Returns the names that were
-    /// attached.
+    /// Removes every trace of this instance, whatever state it is in and whichever version made it.
+    /// Returns the names that were attached.
     pub fn cleanup(&self) -> Result<Vec<String>> {
         let Some(_lock) = self.pins.lock()? else { return Ok(Vec::new()) };
         let mut names = Vec::new();
-        // Unreadable maps are no reason to leave them: without their pins they are gone. What lies in
-        // the namespaces (rules, routes) can then only be found by whoever knows the namespace.
-        match Maps::check_layout(&self.pins).and_then(|()| Maps::open(&self.pins)) {
-            Ok(mut maps) => match maps.records() {
-                Ok(records) => {
-                    for record in records {
-                        let netns = self.find_netns(&record);
-                        self.tear_down(&mut maps, &record, netns.as_ref())?;
-                        names.push(record.name);
-                    }
+        let mut failed = None;
+        for record in Maps::read_records(&self.pins) {
+            let record = match record {
+                Ok(record) => record,
+                Err(error) => {
+                    tracing::warn!("{error}; rules, routes and sysctls of that pod stay as they are");
+                    continue;
                 }
-                Err(error) => tracing::warn!("{error}"),
-            },
-            Err(error) => tracing::debug!("nothing can be read back: {error}"),
+            };
+            let netns = self.find_netns(&record);
+            match self.undo(&record, netns.as_ref()) {
+                Ok(()) => names.push(record.name),
+                // The others are cleaned up all the same; this one can be tried again.
+                Err(error) => failed = Some(error),
+            }
         }
-        self.pins.remove_all()?;
-        Ok(names)
+        match failed {
+            Some(error) => Err(error),
+            None => {
+                self.pins.remove_all()?;
+                Ok(names)
+            }
+        }
     }
 
     /// The namespace of an attachment, if it still exists, wherever it can be reached.
@@ -123,27 +133,40 @@ impl Dataplane {
 
     /// Removes all that an attachment consists of, and the instance if it was the last one.
     pub(super) fn tear_down(&self, maps: &mut Maps, record: &Record, netns: Option<&Netns>) -> Result<()> {
-        let cookie = record.netns_cookie;
-        record.engine.engine().detach(&self.pins, netns, record)?;
-        if let Some(netns) = netns {
-            netns
-                .run(|| {
-                    record.route().remove()?;
-                    record.previous_sysctls.write()
-                })?
-                .map_err(|e| in_netns(e, netns))?;
-        }
-        remove_tree(&self.pins.pod(cookie))?;
-        maps.forget(cookie)?;
+        self.undo(record, netns)?;
+        maps.forget(record.netns_cookie)?;
         self.remove_if_unused();
         Ok(())
     }
 
-    /// Removes the instance if it has no attachment. The caller holds the lock.
+    /// Removes an attachment whose namespace has gone.
+    pub(super) fn forget_gone(&self, maps: &mut Maps, record: &Record) -> Result<()> {
+        self.undo(record, None)?;
+        maps.forget(record.netns_cookie)
+    }
+
+    /// Takes back what an attachment changed outside of the maps.
+    fn undo(&self, record: &Record, netns: Option<&Netns>) -> Result<()> {
+        for engine in EngineKind::ALL {
+            engine.engine().detach(&self.pins, netns, record)?;
+        }
+        if let Some(netns) = netns {
+            netns
+                .run(|| {
+                    record.routes().try_for_each(|route| route.remove())?;
+                    record.previous_sysctls.write()
+                })?
+                .map_err(|e| in_netns(e, netns))?;
+        }
+        remove_tree(&self.pins.pod(record.netns_cookie))
+    }
+
+    /// Removes the instance if it is known to have no attachment. The caller holds the lock.
     pub(super) fn remove_if_unused(&self) {
-        let used =
-            Maps::open(&self.pins).and_then(|maps| maps.records()).is_ok_and(|records| !records.is_empty());
-        if !used && let Err(error) = self.pins.remove_all() {
+        let attachments = Maps::read_records(&self.pins).len();
+        if attachments == 0
+            && let Err(error) = self.pins.remove_all()
+        {
             tracing::warn!("{error}");
         }
     }

@@ -24,6 +24,11 @@ pub trait Engine {
     /// Which one it is.
     fn kind(&self) -> EngineKind;
 
+    /// Gets ready for the proxy's listeners on another port, before the settings say so.
+    fn prepare(&self, _pins: &Pins, _netns: &Netns, _record: &Record) -> Result<()> {
+        Ok(())
+    }
+
     /// Puts the program in place, or finds that it is. What has to be remembered to take it away again
     /// goes to `record`, and by `remember` into the kernel before it is needed.
     fn attach(
@@ -37,11 +42,14 @@ pub trait Engine {
     /// Takes the program away; steering stops at once. `netns` is `None` if it is gone.
     fn detach(&self, pins: &Pins, netns: Option<&Netns>, record: &Record) -> Result<()>;
 
-    /// Whether the program is in place.
-    fn is_attached(&self, pins: &Pins, record: &Record) -> bool;
+    /// What is wrong with a pod that should be attached, in words for people.
+    fn problems(&self, pins: &Pins, netns: &Netns, record: &Record) -> Vec<String>;
 }
 
 impl EngineKind {
+    /// All there are.
+    pub const ALL: [Self; 2] = [Self::SkLookup, Self::Tc];
+
     /// The engine itself.
     pub fn engine(self) -> &'static dyn Engine {
         match self {

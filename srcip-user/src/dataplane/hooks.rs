@@ -42,12 +42,11 @@ pub fn resolve_cgroup(choice: &CgroupChoice) -> Result<Option<PathBuf>> {
     let path = match choice {
         CgroupChoice::None => return Ok(None),
         CgroupChoice::Path(path) => path.clone(),
-        CgroupChoice::Root => cgroup_root().ok_or(Error::EngineUnavailable {
-            engine: "sk-lookup",
-            reason: "no cgroup v2 file system is mounted".to_owned(),
-            cure: "mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`, or use `--engine tc \
-                   --cgroup none`",
-        })?,
+        // None where no cgroup v2 is mounted: whoever chooses the engine takes that into account.
+        CgroupChoice::Root => match cgroup_root() {
+            Some(path) => path,
+            None => return Ok(None),
+        },
     };
     let is_cgroup2 = statfs(&path).map_err(Into::into).file("open the cgroup", &path)?.filesystem_type()
         == CGROUP2_SUPER_MAGIC;

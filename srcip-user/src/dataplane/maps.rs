@@ -95,6 +95,22 @@ impl Maps {
         Ok(records)
     }
 
+    /// What is remembered of all attachments, read from nothing but the map that has it, which looks the
+    /// same in all versions. A map that is there and cannot be read counts as one unreadable record.
+    pub fn read_records(pins: &Pins) -> Vec<Result<Record>> {
+        let path = pins.maps().join("ATTACHMENTS");
+        if !path.exists() {
+            return Vec::new();
+        }
+        let read = || "read the map ATTACHMENTS".to_owned();
+        let map: HashMap<MapData, u64, [u8; RECORD_SIZE]> = match open(&path, Map::HashMap) {
+            Ok(map) => map,
+            Err(error) => return vec![Err(error)],
+        };
+        let decode_entry = |(cookie, value): (u64, [u8; RECORD_SIZE])| decode(cookie, &value);
+        map.iter().map(|entry| entry.bpf(read).and_then(decode_entry)).collect()
+    }
+
     /// What is remembered of one attachment.
     pub fn record(&self, cookie: NetnsCookie) -> Result<Option<Record>> {
         match self.attachments.get(&cookie.0, 0) {

@@ -17,7 +17,7 @@ mod sk_lookup;
 pub mod status;
 mod tc;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use error::{Error, Result};
 use maps::Maps;
@@ -25,7 +25,7 @@ use pins::Pins;
 use record::Record;
 
 use crate::{
-    netns::{Netns, NetnsCookie},
+    netns::{Netns, NetnsError},
     routing::RoutingError,
 };
 
@@ -57,10 +57,24 @@ impl Dataplane {
         records.find(|r| r.name == name).ok_or_else(|| Error::NotAttached(name.to_owned()))
     }
 
-    /// The attachment of a network namespace.
-    pub fn find_cookie(&self, cookie: NetnsCookie, path: &str) -> Result<Record> {
-        let mut records = self.records()?.into_iter();
-        records.find(|r| r.netns_cookie == cookie).ok_or_else(|| Error::NotAttached(path.to_owned()))
+    /// The attachment of the network namespace at `path`; if that one has none, the attachment of one
+    /// that was at this path before.
+    pub fn find_netns_path(&self, path: &Path) -> Result<Record> {
+        let cookie = match Netns::open(path) {
+            Ok(netns) => Ok(netns.cookie()?),
+            Err(error @ (NetnsError::NotFound(_) | NetnsError::NotANetns(_))) => Err(error),
+            Err(error) => return Err(error.into()),
+        };
+        let records = self.records()?;
+        let by_cookie = |cookie| records.iter().find(|record| record.netns_cookie == cookie);
+        let by_path = || records.iter().find(|record| record.netns == path);
+        match cookie {
+            Ok(cookie) => by_cookie(cookie)
+                .or_else(by_path)
+                .cloned()
+                .ok_or_else(|| Error::NotAttached(path.display().to_string())),
+            Err(error) => by_path().cloned().ok_or(error.into()),
+        }
     }
 }
 

@@ -7,14 +7,15 @@ use aya::{Ebpf, EbpfLoader, programs::Program};
 use super::{
     error::{BpfContext as _, Error, FileContext as _, Result, object_error},
     pins::Pins,
+    record::Record,
 };
-use crate::{EBPF_OBJECT, netns::NetnsCookie};
+use crate::EBPF_OBJECT;
 
 /// For developers: another object than the one built in.
 const OBJECT_VARIABLE: &str = "SRCIP_EBPF_OBJECT";
 
 /// Loads the object for the node, or for one pod. Maps that are not pinned yet are made and pinned.
-pub(super) fn load(pins: &Pins, pod: Option<NetnsCookie>) -> Result<Ebpf> {
+pub(super) fn load(pins: &Pins, pod: Option<&Record>) -> Result<Ebpf> {
     let object: Cow<'_, [u8]> = match env::var_os(OBJECT_VARIABLE) {
         Some(path) => {
             let path = PathBuf::from(path);
@@ -22,11 +23,13 @@ pub(super) fn load(pins: &Pins, pod: Option<NetnsCookie>) -> Result<Ebpf> {
         }
         None => EBPF_OBJECT.into(),
     };
-    let cookie = pod.map_or(0, |cookie| cookie.0);
+    let cookie = pod.map_or(0, |record| record.netns_cookie.0);
+    let port = pod.map_or(0, |record| record.proxy_port);
     let level = log_level();
     EbpfLoader::new()
         .default_map_pin_directory(pins.maps())
         .override_global("NETNS_COOKIE", &cookie, true)
+        .override_global("PROXY_PORT", &port, true)
         .override_global(aya_log::LEVEL, &level, true)
         .load(&object)
         .map_err(object_error)

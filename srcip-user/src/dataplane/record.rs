@@ -182,9 +182,15 @@ pub struct Record {
     pub cgroup: Option<PathBuf>,
     /// The sysctls as they were before, to be put back.
     pub previous_sysctls: Sysctls,
+    /// How the `tc` engine is to attach.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tc_hook: Option<TcHook>,
     /// Where the `tc` engine sits.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tc_devices: Vec<TcDevice>,
+    /// Return routes of earlier settings: connections from that time still need them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub earlier_routes: Vec<ReturnRoute>,
 }
 
 /// A device with the `tc` engine's program.
@@ -203,6 +209,11 @@ impl Record {
     /// The return route.
     pub fn route(&self) -> ReturnRoute {
         ReturnRoute { mark: self.mark, table: self.route_table }
+    }
+
+    /// All return routes that may be in place.
+    pub fn routes(&self) -> impl Iterator<Item = ReturnRoute> + '_ {
+        self.earlier_routes.iter().copied().chain([self.route()])
     }
 
     /// What this attachment cannot promise, in words for people.

@@ -29,6 +29,10 @@ impl Engine for SkLookupEngine {
         EngineKind::SkLookup
     }
 
+    fn prepare(&self, pins: &Pins, netns: &Netns, record: &Record) -> Result<()> {
+        register_listeners(&mut object::load(pins, Some(record))?, netns)
+    }
+
     fn attach(
         &self,
         pins: &Pins,
@@ -36,27 +40,9 @@ impl Engine for SkLookupEngine {
         record: &mut Record,
         _remember: &mut dyn FnMut(&Record) -> Result<()>,
     ) -> Result<()> {
-        let cookie = record.netns_cookie;
-        let mut object = object::load(pins, Some(cookie))?;
-
+        let mut object = object::load(pins, Some(record))?;
         // The hooks register listeners from now on; this finds those that were there before.
-        let iterator: &mut Iter = object::program(&mut object, ITERATOR)?;
-        let btf = Btf::from_sys_fs().bpf(|| "read the kernel's BTF".to_owned())?;
-        iterator.load("tcp", &btf).map_err(|error| load_error(ITERATOR, error))?;
-        let link = iterator.attach().and_then(|id| iterator.take_link(id));
-        let link = link.bpf(|| format!("attach {ITERATOR}"))?;
-        let read = netns.run(move || -> std::io::Result<()> {
-            let mut file = link.into_file().map_err(std::io::Error::other)?;
-            file.read_to_end(&mut Vec::new()).map(drop)
-        })?;
-        read.bpf(|| format!("run {ITERATOR} in {}", netns.path().display()))?;
-        if tracing::enabled!(tracing::Level::DEBUG) {
-            match aya_log::EbpfLogger::init(&mut object) {
-                Ok(mut logger) => logger.flush(),
-                Err(error) => tracing::debug!("the programs' log cannot be read: {error}"),
-            }
-        }
-
+        register_listeners(&mut object, netns)?;
         attach_program(pins, netns, &mut object, record, PROGRAM)
     }
 
@@ -64,9 +50,34 @@ impl Engine for SkLookupEngine {
         remove_tree(&pins.pod(record.netns_cookie).join(PROGRAM))
     }
 
-    fn is_attached(&self, pins: &Pins, record: &Record) -> bool {
-        pins.pod(record.netns_cookie).join(PROGRAM).exists()
+    fn problems(&self, pins: &Pins, _netns: &Netns, record: &Record) -> Vec<String> {
+        if pins.pod(record.netns_cookie).join(PROGRAM).exists() {
+            Vec::new()
+        } else {
+            vec!["its program is gone: attach again".to_owned()]
+        }
     }
+}
+
+/// Runs the iterator over the pod's sockets.
+fn register_listeners(object: &mut Ebpf, netns: &Netns) -> Result<()> {
+    let iterator: &mut Iter = object::program(object, ITERATOR)?;
+    let btf = Btf::from_sys_fs().bpf(|| "read the kernel's BTF".to_owned())?;
+    iterator.load("tcp", &btf).map_err(|error| load_error(ITERATOR, error))?;
+    let link = iterator.attach().and_then(|id| iterator.take_link(id));
+    let link = link.bpf(|| format!("attach {ITERATOR}"))?;
+    let read = netns.run(move || -> std::io::Result<()> {
+        let mut file = link.into_file().map_err(std::io::Error::other)?;
+        file.read_to_end(&mut Vec::new()).map(drop)
+    })?;
+    read.bpf(|| format!("run {ITERATOR} in {}", netns.path().display()))?;
+    if tracing::enabled!(tracing::Level::DEBUG) {
+        match aya_log::EbpfLogger::init(object) {
+            Ok(mut logger) => logger.flush(),
+            Err(error) => tracing::debug!("the programs' log cannot be read: {error}"),
+        }
+    }
+    Ok(())
 }
 
 /// Attaches one of the object's `sk_lookup` programs to the pod's network namespace, unless it is.

@@ -65,7 +65,7 @@ counter_status! {
     upstream_ports_exhausted,
     client_port_in_upstream_range,
     listener_slots_full,
-    fragments_refused,
+    disguised_refused,
 }
 
 impl Dataplane {
@@ -135,14 +135,14 @@ impl Dataplane {
                 }
             ));
         }
-        match record.state {
-            State::Attaching => {
-                problems.push("the attach was interrupted: attach again, or detach".to_owned())
+        match (record.state, netns) {
+            (State::Attaching, _) => {
+                problems.push("the attach was interrupted: attach again, or detach".to_owned());
             }
-            State::Attached if !record.engine.engine().is_attached(&self.pins, record) => {
-                problems.push("its program is gone: attach again".to_owned());
+            (State::Attached, Some(netns)) => {
+                problems.extend(record.engine.engine().problems(&self.pins, netns, record));
             }
-            State::Attached | State::Draining => {}
+            (State::Attached | State::Draining, _) => {}
         }
         if counters.upstream_ports_exhausted > 0 {
             problems.push(format!(

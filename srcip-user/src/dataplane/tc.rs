@@ -7,7 +7,7 @@ use aya::{
     programs::{
         LinkOrder, ProgramError, ProgramType, SchedClassifier, TcAttachType,
         links::FdLink,
-        tc::{NlOptions, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program},
+        tc::{NlOptions, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
     },
     sys::is_program_supported,
     util::KernelVersion,
@@ -22,6 +22,7 @@ use super::{
     record::{EngineKind, Record, TcDevice, TcHook},
 };
 use crate::{
+    clsact,
     netns::Netns,
     routing::{self, Device},
 };
@@ -42,16 +43,18 @@ pub(super) fn default_hook() -> TcHook {
     if has_tcx { TcHook::Tcx } else { TcHook::Clsact }
 }
 
-/// Says on which of the pod's devices the program shall sit.
+/// Says on which of the pod's devices the program shall sit. Where it sits by another hook, both are
+/// remembered until the change is done.
 pub(super) fn plan(netns: &Netns, hook: TcHook, record: &mut Record) -> Result<()> {
     let devices = netns.run(routing::devices)?.map_err(|e| super::in_netns(e, netns))?;
-    record.tc_devices = devices
-        .into_iter()
-        .map(|device| {
-            let known = record.tc_devices.iter().find(|known| known.device == device);
-            known.cloned().unwrap_or(TcDevice { device, hook, created_clsact: false })
-        })
-        .collect();
+    record.tc_devices.retain(|known| devices.contains(&known.device));
+    for device in devices {
+        let is_known = |known: &TcDevice| known.device == device && known.hook == hook;
+        if !record.tc_devices.iter().any(is_known) {
+            record.tc_devices.push(TcDevice { device, hook, created_clsact: false });
+        }
+    }
+    record.tc_hook = Some(hook);
     Ok(())
 }
 
@@ -71,51 +74,80 @@ impl Engine for TcEngine {
         record: &mut Record,
         remember: &mut dyn FnMut(&Record) -> Result<()>,
     ) -> Result<()> {
-        let mut object = object::load(pins, Some(record.netns_cookie))?;
+        let mut object = object::load(pins, Some(record))?;
         let program: &mut SchedClassifier = object::program(&mut object, PROGRAM)?;
         program.load().map_err(|error| load_error(PROGRAM, error))?;
         make_directory(&pins.pod(record.netns_cookie))?;
         if has_companion() {
             super::sk_lookup::attach_program(pins, netns, &mut object, record, COMPANION)?;
         }
+        let wanted = record.tc_hook.unwrap_or_else(default_hook);
         for i in 0..record.tc_devices.len() {
-            match record.tc_devices[i].hook {
-                TcHook::Tcx => attach_tcx(pins, netns, &mut object, record, i)?,
+            let TcDevice { device, hook, .. } = record.tc_devices[i].clone();
+            match hook {
+                _ if hook != wanted => {}
+                TcHook::Tcx => attach_tcx(pins, netns, &mut object, record, &device)?,
                 TcHook::Clsact => {
-                    let device = record.tc_devices[i].device.clone();
-                    let exists = netns.run(|| has_clsact(&device))?.map_err(|e| super::in_netns(e, netns))?;
+                    let looked = netns
+                        .run(|| Ok((clsact::exists(&device)?, clsact::has_filter(&device, PROGRAM)?)))?;
+                    let (exists, has_filter) = looked.map_err(|e| super::in_netns(e, netns))?;
                     if !exists {
                         // Remembered before it is done, so that an interruption leaves nothing behind.
                         record.tc_devices[i].created_clsact = true;
                         remember(record)?;
                     }
-                    attach_clsact(netns, &mut object, &device, !exists)?;
+                    // One that is there serves on: the settings are in the maps.
+                    if !has_filter {
+                        attach_clsact(netns, &mut object, &device, !exists)?;
+                    }
                 }
             }
         }
+        let (keep, replaced) = std::mem::take(&mut record.tc_devices)
+            .into_iter()
+            .partition::<Vec<_>, _>(|device| device.hook == wanted);
+        for device in &replaced {
+            detach_device(pins, Some(netns), record, device)?;
+        }
+        record.tc_devices = keep;
         Ok(())
     }
 
     fn detach(&self, pins: &Pins, netns: Option<&Netns>, record: &Record) -> Result<()> {
-        for TcDevice { device, hook, created_clsact } in &record.tc_devices {
-            match (hook, netns) {
-                (TcHook::Tcx, _) => remove_tree(&pin(pins, record, device))?,
-                (TcHook::Clsact, Some(netns)) => {
-                    let detached = netns.run(|| detach_clsact(device, *created_clsact))?;
-                    detached.bpf(|| format!("detach {PROGRAM} from {}", device.name))?;
-                }
-                // The devices went with their namespace.
-                (TcHook::Clsact, None) => {}
-            }
+        for device in &record.tc_devices {
+            detach_device(pins, netns, record, device)?;
         }
         remove_tree(&pins.pod(record.netns_cookie).join(COMPANION))
     }
 
-    fn is_attached(&self, pins: &Pins, record: &Record) -> bool {
-        record.tc_devices.iter().all(|TcDevice { device, hook, .. }| match hook {
-            TcHook::Tcx => pin(pins, record, device).exists(),
-            TcHook::Clsact => true,
-        })
+    fn problems(&self, pins: &Pins, netns: &Netns, record: &Record) -> Vec<String> {
+        let here = |known: &TcDevice| match known.hook {
+            TcHook::Tcx => pin(pins, record, &known.device).exists(),
+            TcHook::Clsact => {
+                matches!(netns.run(|| clsact::has_filter(&known.device, PROGRAM)), Ok(Ok(true)))
+            }
+        };
+        let devices = netns.run(routing::devices).ok().and_then(std::result::Result::ok).unwrap_or_default();
+        devices
+            .iter()
+            .filter(|device| !record.tc_devices.iter().any(|known| known.device == **device && here(known)))
+            .map(|device| {
+                format!("connections that come in by {} are not steered: attach again", device.name)
+            })
+            .collect()
+    }
+}
+
+fn detach_device(pins: &Pins, netns: Option<&Netns>, record: &Record, device: &TcDevice) -> Result<()> {
+    let TcDevice { device, hook, created_clsact } = device;
+    match (hook, netns) {
+        (TcHook::Tcx, _) => remove_tree(&pin(pins, record, device)),
+        (TcHook::Clsact, Some(netns)) => {
+            let detached = netns.run(|| detach_clsact(device, *created_clsact))?;
+            detached.bpf(|| format!("detach {PROGRAM} from {}", device.name))
+        }
+        // The devices went with their namespace.
+        (TcHook::Clsact, None) => Ok(()),
     }
 }
 
@@ -123,8 +155,7 @@ fn pin(pins: &Pins, record: &Record, device: &Device) -> std::path::PathBuf {
     pins.pod(record.netns_cookie).join(format!("{PROGRAM}_{}", device.index))
 }
 
-fn attach_tcx(pins: &Pins, netns: &Netns, object: &mut Ebpf, record: &Record, index: usize) -> Result<()> {
-    let device = &record.tc_devices[index].device;
+fn attach_tcx(pins: &Pins, netns: &Netns, object: &mut Ebpf, record: &Record, device: &Device) -> Result<()> {
     let pin = pin(pins, record, device);
     if pin.exists() {
         return Ok(());
@@ -147,11 +178,6 @@ fn attach_clsact(netns: &Netns, object: &mut Ebpf, device: &Device, create: bool
         if create {
             qdisc_add_clsact(&device.name)?;
         }
-        // A filter of an earlier attach serves this one as well.
-        match qdisc_detach_program(&device.name, TcAttachType::Ingress, PROGRAM) {
-            Err(TcError::IoError(error)) if error.kind() == io::ErrorKind::NotFound => {}
-            result => result?,
-        }
         let options = TcAttachOptions::Netlink(NlOptions { priority: 1, ..Default::default() });
         let id = program.attach_with_options(&device.name, TcAttachType::Ingress, options)?;
         // The filter holds the program from here on; dropping the link would remove it.
@@ -165,23 +191,13 @@ fn attach_action(device: &Device) -> String {
     format!("attach {PROGRAM} to the ingress of {}", device.name)
 }
 
-fn detach_clsact(device: &Device, created: bool) -> std::result::Result<(), TcError> {
-    let gone = |error: &io::Error| {
-        error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
-    };
-    match qdisc_detach_program(&device.name, TcAttachType::Ingress, PROGRAM) {
-        Err(TcError::IoError(error)) if gone(&error) => {}
-        // No queueing discipline, so no filter.
-        Err(TcError::NetlinkError(_)) if !created => {}
-        Err(TcError::NetlinkError(_)) if !has_clsact(device).unwrap_or(false) => {}
-        result => result?,
+fn detach_clsact(device: &Device, created: bool) -> io::Result<()> {
+    if clsact::has_filter(device, PROGRAM).map_err(io::Error::other)? {
+        let detached = qdisc_detach_program(&device.name, TcAttachType::Ingress, PROGRAM);
+        detached.map_err(io::Error::other)?;
     }
     if created {
-        routing::remove_clsact(device).map_err(|e| TcError::IoError(io::Error::other(e)))?;
+        clsact::remove_if_empty(device).map_err(io::Error::other)?;
     }
     Ok(())
-}
-
-fn has_clsact(device: &Device) -> std::result::Result<bool, routing::RoutingError> {
-    routing::has_clsact(device)
 }

@@ -172,7 +172,7 @@ fn fragmented_syns_do_not_pass_the_proxy_by() {
         })
         .unwrap();
     for _ in 0..200 {
-        if scenario.counter("fragments_refused") == 1 {
+        if scenario.counter("disguised_refused") == 1 {
             return;
         }
         std::thread::sleep(std::time::Duration::from_millis(10));
