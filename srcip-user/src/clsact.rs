@@ -3,13 +3,9 @@
 //! Everything here acts on the calling thread's network namespace.
 
 use futures_util::TryStreamExt as _;
-use netlink_packet_core::Nla as _;
-use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
+use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
 use crate::routing::{Device, Result, failing, netlink};
-
-/// `TCA_BPF_NAME`: linux/pkt_cls.h.
-const BPF_NAME: u16 = 7;
 
 /// Whether a device has `clsact`.
 pub fn exists(device: &Device) -> Result<bool> {
@@ -30,11 +26,9 @@ pub fn has_filter(device: &Device, name: &str) -> Result<bool> {
         return Ok(false);
     }
     netlink(async |handle| {
-        let mut wanted = name.as_bytes().to_vec();
-        wanted.push(0);
         let filters = handle.traffic_filter(device.index.cast_signed()).get().ingress().execute();
         let filters = failing("read the filters", filters.try_collect::<Vec<_>>().await)?;
-        Ok(filters.iter().any(|filter| bpf_name(filter).is_some_and(|found| found == wanted)))
+        Ok(filters.iter().any(|filter| runs_program(filter, name)))
     })
 }
 
@@ -60,17 +54,11 @@ pub fn remove_if_empty(device: &Device) -> Result<()> {
     })
 }
 
-fn bpf_name(filter: &TcMessage) -> Option<Vec<u8>> {
-    let options = filter.attributes.iter().find_map(|attribute| match attribute {
-        TcAttribute::Options(options) => Some(options),
-        _ => None,
-    })?;
-    options.iter().find_map(|option| match option {
-        TcOption::Other(nla) if nla.kind() == BPF_NAME => {
-            let mut name = vec![0; nla.value_len()];
-            nla.emit_value(&mut name);
-            Some(name)
-        }
-        _ => None,
+fn runs_program(filter: &TcMessage, name: &str) -> bool {
+    filter.attributes.iter().any(|attribute| match attribute {
+        TcAttribute::Options(options) => options.iter().any(
+            |option| matches!(option, TcOption::Bpf(TcFilterBpfOption::ProgName(found)) if found == name),
+        ),
+        _ => false,
     })
 }

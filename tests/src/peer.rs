@@ -12,7 +12,15 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{host::Host, process::Process, srcip::binary};
+use crate::{
+    client::Seen,
+    host::Host,
+    process::{Process, run},
+    srcip::binary,
+};
+
+/// Tells logs apart.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// Where applications listen unless a test says otherwise.
 pub const APPLICATION_PORT: u16 = 8000;
@@ -30,9 +38,25 @@ pub fn echo(host: &Host, addresses: &[&str]) -> Result<Process> {
 fn start(host: &Host, verb: &str, addresses: &[&str]) -> Result<Process> {
     let mut command = host.command(&binary("srcip-peer").display().to_string())?;
     command.arg(verb).args(addresses);
-    let mut process = host.start(&format!("{verb}-{}", addresses.join("-").replace(':', ".")), command)?;
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let mut process = host.start(&format!("{verb}-{number}"), command)?;
     process.wait_until("listens", |process| process.log().contains("listening"))?;
     Ok(process)
+}
+
+/// Asks the HTTP application at `to` once, from a process on `host`: what a pod does itself, so that
+/// srcip's hooks see it.
+pub fn ask(host: &Host, from: Option<SocketAddr>, to: SocketAddr) -> Result<Seen> {
+    let mut command = host.command(&binary("srcip-peer").display().to_string())?;
+    command.args(["ask", &to.to_string()]);
+    if let Some(from) = from {
+        command.args(["--from", &from.to_string()]);
+    }
+    let output = run(&mut command)?;
+    let text = String::from_utf8(output.stdout)?;
+    let words: Vec<_> = text.split_whitespace().collect();
+    let [peer, local, proxied] = words[..] else { anyhow::bail!("not an answer: {text:?}") };
+    Ok(Seen { peer: peer.parse()?, local: local.parse()?, proxied: proxied.parse()? })
 }
 
 /// Clients that hold their connections until dropped.
@@ -73,7 +97,6 @@ impl Clients {
             command.args(["--from-port", &port.to_string()]);
         }
         command.stdin(Stdio::piped());
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
         host.start(&format!("{verb}-{}", NUMBER.fetch_add(1, Ordering::Relaxed)), command)
     }
 

@@ -134,7 +134,15 @@ impl Proxy {
     /// takes the listeners over, nginx gets SIGHUP.
     pub fn reload(&mut self, host: &Host) -> Result<()> {
         match self.kind {
-            Kind::Nginx => self.process.signal(Signal::SIGHUP),
+            Kind::Nginx => {
+                let before = self.workers();
+                self.process.signal(Signal::SIGHUP)?;
+                let pid = self.process.pid();
+                self.process.wait_until("has new workers", |_| {
+                    let now = children(pid);
+                    !now.is_empty() && now.iter().all(|worker| !before.contains(worker))
+                })
+            }
             Kind::Haproxy | Kind::HaproxyTcp => {
                 let old = self.process.pid();
                 let process =
@@ -146,6 +154,17 @@ impl Proxy {
             }
             kind => bail!("{kind:?} has no reload; it has a hot restart"),
         }
+    }
+
+    /// The processes of an nginx that do its work.
+    fn workers(&self) -> Vec<String> {
+        children(self.process.pid())
+    }
+
+    /// A command for HAProxy's administrative socket.
+    pub fn admin(&self, host: &Host, line: &str) -> Result<()> {
+        let socket = self.directory.join("admin.sock").display().to_string();
+        host.feed(&format!("socat -t5 - UNIX-CONNECT:{socket}"), &format!("{line}\n"))
     }
 
     /// Envoy's hot restart: the new process takes listeners and statistics over from the old one, which
@@ -192,6 +211,11 @@ pub(crate) fn remove_shared_memory(run: &Path) {
             let _ = fs::remove_file(format!("/dev/shm/envoy_shared_memory_{}", base_id * 10));
         }
     }
+}
+
+fn children(pid: u32) -> Vec<String> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    fs::read_to_string(path).unwrap_or_default().split_whitespace().map(str::to_owned).collect()
 }
 
 /// The example, with its files in `directory`.

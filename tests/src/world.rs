@@ -7,7 +7,7 @@ use std::{
     process::Command,
     sync::{
         Once,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
 };
 
@@ -40,6 +40,7 @@ pub struct World {
     node: Host,
     hosts: u8,
     made: Vec<String>,
+    diagnosed: AtomicBool,
 }
 
 impl World {
@@ -65,7 +66,15 @@ impl World {
         fs::create_dir(&cgroup).with_context(|| cgroup.display().to_string())?;
         let name = format!("{prefix}node");
         let node = Host::create(name.clone(), &cgroup, &directory)?;
-        let world = Self { prefix, directory, cgroup, node, hosts: 0, made: vec![name] };
+        let world = Self {
+            prefix,
+            directory,
+            cgroup,
+            node,
+            hosts: 0,
+            made: vec![name],
+            diagnosed: AtomicBool::new(false),
+        };
         world.node.ip("link add br0 type bridge")?;
         world.node.ip("link set br0 up")?;
         Ok(world)
@@ -131,7 +140,11 @@ impl World {
         Srcip::new(self.directory.join("bpf").join(name), self.cgroup.clone())
     }
 
-    fn diagnose(&self) {
+    /// Prints what is known of this world, for a test that failed; once.
+    pub fn diagnose(&self) {
+        if self.diagnosed.swap(true, Ordering::Relaxed) {
+            return;
+        }
         eprintln!("--- the world of the failed test ---");
         for name in &self.made {
             eprintln!("to look inside while it lasts: ip netns exec {name} bash");

@@ -9,6 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use bytes::BytesMut;
 use clap::{Parser, Subcommand};
+use srcip_tests::client;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpSocket, TcpStream},
@@ -30,6 +31,12 @@ enum Role {
     Echo { addresses: Vec<SocketAddr> },
     /// Opens connections to a TCP application and holds them; reads `check` and `close` from stdin.
     Hold(Clients),
+    /// Asks the HTTP application at an address once, and prints what it saw.
+    Ask {
+        to: SocketAddr,
+        #[arg(long)]
+        from: Option<SocketAddr>,
+    },
     /// Opens connections to a TCP application and closes each one once it has been greeted.
     Visit(Clients),
 }
@@ -59,6 +66,11 @@ async fn main() -> Result<()> {
         Role::Httpbin { addresses } => serve(addresses, http).await,
         Role::Echo { addresses } => serve(addresses, echo).await,
         Role::Hold(clients) => hold(clients).await,
+        Role::Ask { to, from } => {
+            let seen = client::ask(&mut client::connect_here(from, to)?)?;
+            println!("{} {} {}", seen.peer, seen.local, seen.proxied);
+            Ok(())
+        }
         Role::Visit(clients) => visit(clients).await,
     }
 }

@@ -10,7 +10,10 @@ use srcip_tests::{
     srcip::binary,
 };
 
-use crate::scenario::{Engine, Scenario};
+use crate::{
+    detach::traces,
+    scenario::{Engine, Scenario},
+};
 
 fn assert_says(text: &str, parts: &[&str]) {
     for part in parts {
@@ -178,6 +181,7 @@ fn pins_that_are_no_bpffs() {
 #[test]
 fn pins_of_another_version() {
     let scenario = Scenario::empty(Engine::SkLookup);
+    let before = traces(&scenario.pod);
     scenario.attach("");
     let layout = scenario.srcip.pin_path().join("maps/LAYOUT");
     let mut map: aya::maps::Array<_, u32> =
@@ -192,8 +196,10 @@ fn pins_of_another_version() {
             &["left by another version of srcip", "map layout 77, this one uses", "srcip cleanup"],
         );
     }
+    // Cleanup takes back what that version did to the pod as well.
     scenario.srcip.run("cleanup").unwrap();
     assert!(!scenario.srcip.pin_path().exists());
+    assert_eq!(traces(&scenario.pod), before);
     scenario.attach("");
 }
 

@@ -7,9 +7,16 @@ use srcip_tests::{
     proxy::{Kind, Proxy},
 };
 
-use crate::scenario::{Engine, Scenario};
+use crate::{
+    detach::traces,
+    scenario::{Engine, Scenario},
+};
 
-crate::engines!(killed_at_any_moment_of_attach, killed_at_any_moment_of_detach);
+crate::engines!(
+    killed_at_any_moment_of_attach,
+    killed_at_any_moment_of_a_change,
+    killed_at_any_moment_of_detach,
+);
 
 fn scenario(engine: Engine) -> Scenario {
     let mut scenario = Scenario::empty(engine);
@@ -30,22 +37,9 @@ fn kill_after(scenario: &Scenario, arguments: &str, delay: Duration) -> bool {
     ended
 }
 
-fn rules(scenario: &Scenario) -> String {
-    let pod = &scenario.pod;
-    let sysctls = ["net.ipv4.tcp_fwmark_accept", "net.ipv4.tcp_tw_reuse", "net.ipv4.fwmark_reflect"];
-    let sysctls: Vec<_> = sysctls.iter().map(|name| pod.read_sysctl(name).unwrap()).collect();
-    [
-        pod.sh("ip rule").unwrap(),
-        pod.sh("ip -6 rule").unwrap(),
-        pod.sh("tc qdisc show dev eth0").unwrap(),
-        sysctls.join(" "),
-    ]
-    .concat()
-}
-
 fn killed_at_any_moment_of_attach(engine: Engine) {
     let scenario = scenario(engine);
-    let before = rules(&scenario);
+    let before = traces(&scenario.pod);
     let hook = if engine == Engine::Tc { "--tc-hook clsact" } else { "" };
     let options = format!("{} {hook}", engine.option());
     let arguments = scenario.srcip.attach_arguments(&scenario.pod, &options);
@@ -53,7 +47,7 @@ fn killed_at_any_moment_of_attach(engine: Engine) {
     let mut step = 0;
     // Ever later, until it has ended before it was killed several times.
     while ended < 4 {
-        let delay = Duration::from_millis(step * 4);
+        let delay = Duration::from_millis(step * 7);
         ended += usize::from(kill_after(&scenario, &arguments, delay));
         // Each kind of repair in turn.
         match step % 3 {
@@ -67,16 +61,47 @@ fn killed_at_any_moment_of_attach(engine: Engine) {
             _ => drop(scenario.srcip.run("cleanup").unwrap()),
         }
         assert!(!scenario.srcip.pin_path().exists(), "after {delay:?}");
-        assert_eq!(rules(&scenario), before, "after {delay:?}");
+        assert_eq!(traces(&scenario.pod), before, "after {delay:?}");
         scenario.assert_direct(Family::V4);
         step += 1;
         assert!(step < 500, "attach never ends by itself");
     }
 }
 
+/// Attached in one way, killed on the way to another one.
+fn killed_at_any_moment_of_a_change(engine: Engine) {
+    let scenario = scenario(engine);
+    let before = traces(&scenario.pod);
+    let (from, to) = match engine {
+        Engine::SkLookup => ("--engine sk-lookup", "--engine tc --tc-hook clsact --mark 7 --route-table 134"),
+        Engine::Tc => ("--engine tc --tc-hook clsact", "--engine sk-lookup --mark 8 --route-table 135"),
+    };
+    let change = scenario.srcip.attach_arguments(&scenario.pod, to);
+    let mut ended = 0;
+    let mut step = 0;
+    while ended < 3 {
+        scenario.srcip.attach(&scenario.pod, from).unwrap();
+        let delay = Duration::from_millis(step * 9);
+        ended += usize::from(kill_after(&scenario, &change, delay));
+        // Whatever it had come to: what is attached works, and never past the proxy.
+        scenario.assert_kept(Family::V4);
+        match step % 3 {
+            0 => drop(scenario.srcip.run(&change).unwrap()),
+            1 => drop(scenario.srcip.attach(&scenario.pod, from).unwrap()),
+            _ => {}
+        }
+        scenario.assert_kept(Family::V6);
+        scenario.srcip.run("detach --all --now").unwrap();
+        assert!(!scenario.srcip.pin_path().exists(), "after {delay:?}");
+        assert_eq!(traces(&scenario.pod), before, "after {delay:?}");
+        step += 1;
+        assert!(step < 500, "the change never ends by itself");
+    }
+}
+
 fn killed_at_any_moment_of_detach(engine: Engine) {
     let scenario = scenario(engine);
-    let before = rules(&scenario);
+    let before = traces(&scenario.pod);
     let arguments = format!("detach --netns {} --now", scenario.pod.path().display());
     let mut ended = 0;
     let mut step = 0;
@@ -90,7 +115,7 @@ fn killed_at_any_moment_of_detach(engine: Engine) {
         }
         scenario.srcip.run("detach --all --now").unwrap();
         assert!(!scenario.srcip.pin_path().exists(), "after {delay:?}");
-        assert_eq!(rules(&scenario), before, "after {delay:?}");
+        assert_eq!(traces(&scenario.pod), before, "after {delay:?}");
         step += 1;
         assert!(step < 500, "detach never ends by itself");
     }

@@ -17,7 +17,7 @@ use crate::scenario::{Engine, PORT, Scenario};
 crate::engines!(leaves_nothing, drains, does_not_wait_when_told, twenty_rounds_under_load);
 
 /// Everything srcip may change in a pod, as text.
-fn traces(pod: &Host) -> String {
+pub fn traces(pod: &Host) -> String {
     let mut text = String::new();
     for command in ["ip rule", "ip -6 rule", "ip route show table all", "ip -6 route show table all"] {
         text += &pod.sh(command).unwrap();
@@ -113,7 +113,7 @@ fn exchange(stream: &mut std::net::TcpStream, greeting: bool) -> String {
 
 /// `--drain` is the most it waits, and `--now` does not wait at all.
 fn does_not_wait_when_told(engine: Engine) {
-    for (option, least, most) in [("--drain 2", 2, 8), ("--now", 0, 2)] {
+    for (option, least, most) in [("--drain 2", 2, 15), ("--now", 0, 8)] {
         let scenario = Scenario::tcp(engine, Kind::EnvoyTcp);
         let mut stream = client::connect(&scenario.client, scenario.pod.socket(Family::V4, PORT)).unwrap();
         exchange(&mut stream, true);
@@ -180,6 +180,10 @@ fn ids_of(scenario: &Scenario) -> BTreeSet<String> {
             let info = aya::programs::links::FdLink::from(link).info().unwrap();
             found.insert(format!("link {}", info.id()));
             found.insert(format!("program {}", info.program_id()));
+            // With the maps that are not pinned, such as the one with its constants.
+            let program = loaded_programs().filter_map(Result::ok).find(|p| p.id() == info.program_id());
+            let maps = program.unwrap().map_ids().unwrap().unwrap();
+            found.extend(maps.into_iter().map(|id| format!("map {id}")));
         }
     }
     found
@@ -194,18 +198,43 @@ fn pod_directory(root: &std::path::Path) -> std::path::PathBuf {
 #[test]
 fn a_namespace_that_has_gone() {
     for engine in [Engine::SkLookup, Engine::Tc] {
-        let scenario = Scenario::empty(engine);
+        let mut scenario = Scenario::empty(engine);
         scenario.attach("");
-        let name = scenario.pod.name().to_owned();
-        let path = scenario.pod.path();
-        let Scenario { pod, srcip, world: _world, .. } = scenario;
+        let (name, path) = (scenario.pod.name().to_owned(), scenario.pod.path());
+        let other = scenario.world.host("other").unwrap();
+        drop(std::mem::replace(&mut scenario.pod, other));
         srcip_tests::process::sh(&format!("ip netns del {name}")).unwrap();
-        drop(pod);
-        let status = srcip.run("status -o json").unwrap();
+        let status = scenario.srcip.run("status -o json").unwrap();
         assert!(status.contains("the network namespace is gone"), "{status}");
-        let said = srcip.run(&format!("detach --netns {} --now", path.display())).unwrap();
+        let said = scenario.srcip.run(&format!("detach --netns {} --now", path.display())).unwrap();
         assert_eq!(said, format!("{name} detached\n"));
-        assert!(!srcip.pin_path().exists());
+        assert!(!scenario.srcip.pin_path().exists());
+    }
+}
+
+/// Another pod has come in its place, by the same name and path.
+#[test]
+fn a_path_that_another_namespace_has_taken() {
+    for take_over in [true, false] {
+        let mut scenario = Scenario::empty(Engine::SkLookup);
+        scenario.attach("");
+        let (name, path) = (scenario.pod.name().to_owned(), scenario.pod.path());
+        let other = scenario.world.host("other").unwrap();
+        drop(std::mem::replace(&mut scenario.pod, other));
+        srcip_tests::process::sh(&format!("ip netns del {name}")).unwrap();
+        scenario.pod = scenario.world.host("pod").unwrap();
+        assert_eq!(scenario.pod.path(), path);
+        let before = traces(&scenario.pod);
+        if take_over {
+            scenario.attach("");
+            let status = scenario.srcip.run("status -o json").unwrap();
+            let cookie = scenario.pod.netns().cookie().unwrap().0;
+            assert_eq!(status.matches("netns_cookie").count(), 1, "{status}");
+            assert!(status.contains(&format!("\"netns_cookie\": {cookie},")), "{status}");
+        }
+        scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+        assert_eq!(traces(&scenario.pod), before);
+        assert!(!scenario.srcip.pin_path().exists());
     }
 }
 

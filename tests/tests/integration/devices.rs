@@ -2,20 +2,42 @@
 
 use std::process::Command;
 
+use aya::programs::{SchedClassifier, TcAttachType};
 use srcip_tests::{
     Family,
     host::Host,
     peer,
+    process::run,
     proxy::{Kind, Proxy},
 };
 
 use crate::scenario::{Engine, Scenario};
 
-/// `bpftool net` of a host: all tc, tcx and xdp programs on its devices.
-fn programs(host: &Host) -> String {
-    let output = host.command("bpftool").unwrap().args(["net", "-j"]).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).unwrap()
+/// Programs on the packet paths of a host's devices: tcx by the kernel's own query, tc and xdp by
+/// `bpftool net`.
+fn programs(host: &Host) -> Vec<String> {
+    let mut found = host
+        .netns()
+        .run(|| {
+            let devices = srcip_user::routing::devices().unwrap();
+            let names = devices.into_iter().map(|device| device.name).chain(["lo".to_owned()]);
+            names
+                .flat_map(|name| {
+                    [TcAttachType::Ingress, TcAttachType::Egress].into_iter().flat_map(move |at| {
+                        let (_, programs) = SchedClassifier::query_tcx(&name, at).unwrap();
+                        let name = name.clone();
+                        programs.into_iter().map(move |p| format!("{name}: tcx {:?}", p.name_as_str()))
+                    })
+                })
+                .collect::<Vec<_>>()
+        })
+        .unwrap();
+    let net: serde_json::Value = serde_json::from_str(&host.sh("bpftool net -j").unwrap()).unwrap();
+    for path in ["xdp", "tc"] {
+        let programs = net[0][path].as_array().unwrap();
+        found.extend(programs.iter().map(|program| format!("{path}: {program}")));
+    }
+    found
 }
 
 /// The default engine puts no program on any packet path.
@@ -24,18 +46,14 @@ fn sk_lookup_leaves_the_devices_alone() {
     let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
     scenario.assert_kept(Family::V4);
     for host in [&scenario.pod, scenario.world.node(), &scenario.client] {
-        let programs = programs(host);
-        assert!(!programs.contains("srcip"), "{programs}");
-        let json: serde_json::Value = serde_json::from_str(&programs).unwrap();
-        for path in ["xdp", "tc"] {
-            assert_eq!(json[0][path], serde_json::json!([]), "{}: {programs}", host.name());
-        }
-        let filters = host.sh("tc filter show dev eth0 ingress").unwrap_or_default();
-        assert_eq!(filters, "");
+        assert_eq!(programs(host), [""; 0], "{}", host.name());
     }
-    // The check can fail: the other engine shows.
-    scenario.srcip.attach(&scenario.pod, "--engine tc --tc-hook clsact").unwrap();
-    assert!(scenario.pod.sh("tc filter show dev eth0 ingress").unwrap().contains("srcip_tc"));
+    // The check can fail: the other engine shows, either way.
+    for (hook, shows) in [("tcx", "eth0: tcx Some(\"srcip_tc\")"), ("clsact", "srcip_tc")] {
+        scenario.srcip.attach(&scenario.pod, &format!("--engine tc --tc-hook {hook}")).unwrap();
+        let found = programs(&scenario.pod);
+        assert!(found.len() == 1 && found[0].contains(shows), "{hook}: {found:?}");
+    }
 }
 
 /// Changing the engine in place leaves nothing of the old one, and fails no connection.
@@ -56,7 +74,7 @@ fn engines_change_in_place() {
     assert_eq!((&report.failures[..], report.bypassed, report.lost), (&[][..], 0, 0), "{report:?}");
     assert!(!scenario.pod.sh("tc filter show dev eth0 ingress").unwrap().contains("srcip"));
     assert!(!scenario.pod.sh("tc qdisc show dev eth0").unwrap().contains("clsact"));
-    assert!(!programs(&scenario.pod).contains("srcip"));
+    assert_eq!(programs(&scenario.pod), [""; 0]);
 }
 
 /// `--engine auto` says which and why.
@@ -125,57 +143,130 @@ fn tc_with_clsact() {
         let filters = scenario.pod.sh("tc filter show dev eth0 ingress").unwrap();
         assert_eq!(filters.matches("name srcip_tc").count(), 1, "{filters}");
         scenario.srcip.detach(&scenario.pod, "--now").unwrap();
-        let filters = scenario.pod.sh("tc filter show dev eth0 ingress").unwrap();
+        let filters = scenario.pod.sh("tc filter show dev eth0 ingress").unwrap_or_default();
         assert_eq!(filters, "");
         let qdiscs = scenario.pod.sh("tc qdisc show dev eth0").unwrap();
         assert_eq!(qdiscs.contains("clsact"), !ours, "{qdiscs}");
         scenario.assert_direct(Family::V4);
     }
+    // Ours, but somebody else has moved in.
+    scenario.pod.sh("tc qdisc del dev eth0 clsact").unwrap();
+    scenario.attach("--tc-hook clsact");
+    let mut filter = scenario.pod.command("tc").unwrap();
+    filter.args(["filter", "add", "dev", "eth0", "egress", "prio", "7", "bpf", "bytecode"]);
+    // Classic BPF: match everything.
+    run(filter.arg("1,6 0 0 4294967295")).unwrap();
+    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    assert!(scenario.pod.sh("tc filter show dev eth0 egress").unwrap().contains("pref 7 bpf"));
 }
 
-/// IP options and IPv6 extension headers are parsed; fragments of a SYN do not slip past the tc engine.
+/// What could hide a connection attempt from the tc engine does not reach the application.
 #[test]
-fn fragmented_syns_do_not_pass_the_proxy_by() {
+fn disguised_syns_do_not_pass_the_proxy_by() {
     let scenario = Scenario::http(Engine::Tc, Kind::Haproxy);
     let (client, pod) = (&scenario.client, &scenario.pod);
-    let to = pod.socket(Family::V4, 8000);
-    let from = client.socket(Family::V4, 40000);
     // The address resolution that a raw packet does not wait for.
-    scenario.assert_kept(Family::V4);
-    let mut tcp = vec![0_u8; 20];
-    tcp[0..2].copy_from_slice(&from.port().to_be_bytes());
-    tcp[2..4].copy_from_slice(&to.port().to_be_bytes());
+    Family::BOTH.into_iter().for_each(|family| scenario.assert_kept(family));
+    let mut tcp = [0_u8; 20];
+    tcp[0..2].copy_from_slice(&40000_u16.to_be_bytes());
+    tcp[2..4].copy_from_slice(&8000_u16.to_be_bytes());
     tcp[12] = 5 << 4;
     tcp[13] = 2;
-    client
-        .netns()
-        .run(|| {
-            use std::os::fd::FromRawFd as _;
-            // SAFETY: creates a descriptor, owned by the socket from here on.
-            let raw = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW) };
-            assert!(raw >= 0);
-            // SAFETY: just created and owned by nobody else.
-            let raw = unsafe { socket2::Socket::from_raw_fd(raw) };
-            for (offset, more) in [(0_usize, true), (8, false)] {
-                let part = if more { &tcp[..8] } else { &tcp[8..] };
-                let mut packet = vec![0x45, 0, 0, 0, 0, 7, 0, 0, 64, 6, 0, 0];
-                packet[6..8].copy_from_slice(&((offset as u16 / 8) | u16::from(more) << 13).to_be_bytes());
-                let (std::net::IpAddr::V4(source), std::net::IpAddr::V4(destination)) = (from.ip(), to.ip())
-                else {
-                    unreachable!()
-                };
-                packet.extend_from_slice(&source.octets());
-                packet.extend_from_slice(&destination.octets());
-                packet.extend_from_slice(part);
-                raw.send_to(&packet, &to.into()).unwrap();
-            }
-        })
-        .unwrap();
-    for _ in 0..200 {
-        if scenario.counter("disguised_refused") == 1 {
-            return;
-        }
+    let fragment = |offset: u16, more: bool, payload: &[u8]| {
+        let mut packet = vec![0x45, 0, 0, 0, 0, 7, 0, 0, 64, 6, 0, 0];
+        packet[6..8].copy_from_slice(&((offset / 8) | u16::from(more) << 13).to_be_bytes());
+        let ends = [client.address(Family::V4), pod.address(Family::V4)];
+        ends.iter().for_each(|ip| packet.extend_from_slice(&octets(*ip)));
+        packet.extend_from_slice(payload);
+        packet
+    };
+    // Cut inside the TCP header, and behind it.
+    send_raw(client, pod, Family::V4, &fragment(0, true, &tcp[..8]));
+    send_raw(client, pod, Family::V4, &fragment(8, false, &tcp[8..]));
+    let mut longer = tcp.to_vec();
+    longer.extend_from_slice(&[0; 12]);
+    send_raw(client, pod, Family::V4, &fragment(0, true, &longer));
+    // Seven empty destination options before the TCP header.
+    let mut packet = vec![0x60, 0, 0, 0, 0, 7 * 8 + 20, 60, 64];
+    let ends = [client.address(Family::V6), pod.address(Family::V6)];
+    ends.iter().for_each(|ip| packet.extend_from_slice(&octets(*ip)));
+    for i in 0..7 {
+        // A PadN of four octets fills each.
+        packet.extend_from_slice(&[if i == 6 { 6 } else { 60 }, 0, 1, 4, 0, 0, 0, 0]);
+    }
+    packet.extend_from_slice(&tcp);
+    send_raw(client, pod, Family::V6, &packet);
+
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    while scenario.counter("disguised_refused") < 3 {
+        assert!(std::time::Instant::now() < deadline, "{}", scenario.srcip.status(pod).unwrap());
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
-    panic!("the first fragment was not counted: {}", scenario.srcip.status(pod).unwrap());
+    let reached = |s: &srcip_user::sockets::TcpSocket| s.remote.port() == 40000;
+    assert!(!pod.tcp_sockets().unwrap().iter().any(reached), "the application has a connection");
+}
+
+fn octets(ip: std::net::IpAddr) -> Vec<u8> {
+    match ip {
+        std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
+        std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
+    }
+}
+
+/// Sends a packet, IP header and all.
+fn send_raw(from: &Host, to: &Host, family: Family, packet: &[u8]) {
+    use socket2::{Domain, Protocol, Socket, Type};
+    let domain = match family {
+        Family::V4 => Domain::IPV4,
+        Family::V6 => Domain::IPV6,
+    };
+    let to = to.socket(family, 0);
+    let sent = from.netns().run(|| {
+        let raw = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+        raw.send_to(packet, &to.into())
+    });
+    assert_eq!(sent.unwrap().unwrap(), packet.len());
+}
+
+/// A node without cgroup v2: `auto` takes the engine that can do without.
+#[test]
+fn without_cgroup_v2() {
+    let scenario = Scenario::empty(Engine::Tc);
+    let root = srcip_user::dataplane::hooks::cgroup_root().unwrap();
+    // In a mount namespace of its own, where it is not mounted.
+    let command = format!(
+        "umount -l {} && exec {} attach --netns {} --proxy-port 15006 --pin-path {}",
+        root.display(),
+        srcip_tests::srcip::binary("srcip").display(),
+        scenario.pod.path().display(),
+        scenario.srcip.pin_path().display()
+    );
+    let output = Command::new("unshare").args(["--mount", "sh", "-c", &command]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{output:?}");
+    assert!(said.contains("engine tc (sk-lookup cannot run: it needs the hooks"), "{said}");
+    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+}
+
+/// A device that turns up after the attach shows in the status, and attaching again takes it in.
+#[test]
+fn a_device_that_turns_up_later() {
+    for hook in ["tcx", "clsact"] {
+        let scenario = Scenario::empty(Engine::Tc);
+        let attach = || scenario.attach(&format!("--tc-hook {hook}"));
+        attach();
+        let problems = || scenario.srcip.status(&scenario.pod).unwrap()["problems"].to_string();
+        assert!(!problems().contains("not steered"), "{}", problems());
+        scenario.pod.ip("link add br1 type bridge").unwrap();
+        assert!(problems().contains("come in by br1 are not steered: attach again"), "{}", problems());
+        attach();
+        assert!(!problems().contains("not steered"), "{}", problems());
+        // Somebody else removes the program.
+        if hook == "clsact" {
+            scenario.pod.sh("tc qdisc del dev eth0 clsact").unwrap();
+            assert!(problems().contains("come in by eth0 are not steered"), "{}", problems());
+            attach();
+            assert!(!problems().contains("not steered"), "{}", problems());
+        }
+    }
 }

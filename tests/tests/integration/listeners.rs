@@ -78,11 +78,11 @@ fn any_member_of_a_reuseport_group_will_do() {
     let mut members: Vec<Proxy> = Vec::new();
     for round in 0..6 {
         members.push(Proxy::spawn(&scenario.pod, Kind::Haproxy, |config| config).unwrap());
-        wait_for_listeners(&scenario, members.len());
+        scenario.wait_for_listeners(members.len());
         if members.len() == 3 {
             // The oldest, the newest, the one in the middle: whoever was registered first is gone.
             members.remove([0, 2, 1][round % 3]).kill();
-            wait_for_listeners(&scenario, members.len());
+            scenario.wait_for_listeners(members.len());
         }
         for _ in 0..10 {
             scenario.assert_kept(Family::V4);
@@ -93,16 +93,21 @@ fn any_member_of_a_reuseport_group_will_do() {
     }
 }
 
-fn wait_for_listeners(scenario: &Scenario, count: usize) {
-    for _ in 0..1000 {
-        let sockets = scenario.pod.tcp_sockets().unwrap();
-        let listeners = sockets.iter().filter(|s| s.is_listener() && s.local.port() == 15006);
-        if listeners.count() == count {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+/// A proxy that stops listening and starts again with the same socket: HAProxy pauses a frontend.
+#[test]
+fn a_listener_that_pauses() {
+    let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
+    let proxy = scenario.proxy.as_ref().unwrap();
+    for _ in 0..3 {
+        proxy.admin(&scenario.pod, "disable frontend inbound").unwrap();
+        scenario.pod.wait_closed(15006).unwrap();
+        let to = scenario.pod.socket(Family::V4, PORT);
+        let error = srcip_tests::client::connect(&scenario.client, to).unwrap_err();
+        assert!(format!("{error:#}").contains("refused"), "{error:#}");
+        proxy.admin(&scenario.pod, "enable frontend inbound").unwrap();
+        scenario.wait_for_listeners(1);
+        Family::BOTH.into_iter().for_each(|family| scenario.assert_kept(family));
     }
-    panic!("there are not {count} listeners");
 }
 
 /// A proxy that takes its source port at `bind` shows in the status, and the option cures it. socat is

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use srcip_tests::{
-    Family, client, peer,
+    Family, peer,
     proxy::{Kind, Proxy},
 };
 
@@ -22,14 +22,13 @@ fn a_pod_calls_itself(engine: Engine) {
         let own = ["127.0.0.1", "127.0.0.6", "::1"].map(|ip| ip.parse::<IpAddr>().unwrap());
         let targets = own.into_iter().chain(Family::BOTH.map(|f| scenario.pod.address(f))).chain([second]);
         for target in targets {
-            let seen = client::ask_once(&scenario.pod, SocketAddr::new(target, PORT)).unwrap();
+            let seen = peer::ask(&scenario.pod, None, SocketAddr::new(target, PORT)).unwrap();
             assert!(!seen.proxied, "{kind:?} {target}: {seen:?}");
         }
         // From one of its addresses to another one.
         let from = SocketAddr::new(scenario.pod.address(Family::V4), 0);
-        let mut stream =
-            client::connect_from(&scenario.pod, Some(from), SocketAddr::new(second, PORT)).unwrap();
-        assert!(!client::ask(&mut stream).unwrap().proxied);
+        let seen = peer::ask(&scenario.pod, Some(from), SocketAddr::new(second, PORT)).unwrap();
+        assert!(!seen.proxied, "{seen:?}");
         assert_eq!((scenario.counter("steered"), scenario.counter("upstream")), (0, upstream));
     }
 }

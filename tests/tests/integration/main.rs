@@ -4,6 +4,7 @@
 
 mod scenario;
 
+mod changes;
 mod cli;
 mod crash;
 mod detach;

@@ -52,7 +52,12 @@ fn crowd(scenario: &mut Scenario, connections: usize) -> (Vec<Proxy>, Vec<Proces
         .collect();
     // The kernel spreads them over the members of the reuseport group, not quite evenly.
     let proxies = (0..connections.div_ceil(6_500))
-        .map(|_| Proxy::start(&scenario.pod, Kind::HaproxyTcp).unwrap())
+        .map(|i| {
+            let proxy = Proxy::spawn(&scenario.pod, Kind::HaproxyTcp, |config| config).unwrap();
+            // All of them, or the first ones get more than they can take.
+            scenario.wait_for_listeners(i + 1);
+            proxy
+        })
         .collect();
     scenario.attach("");
     (proxies, applications)
@@ -62,20 +67,27 @@ fn crowd(scenario: &mut Scenario, connections: usize) -> (Vec<Proxy>, Vec<Proces
 fn twenty_thousand_of_one_client(engine: Engine) {
     let mut scenario = Scenario::empty(engine);
     let _crowd = crowd(&mut scenario, 20_000);
-    let to = scenario.pod.socket(Family::V4, PORT);
-    // Two processes, as one has too few descriptors; one address.
-    let hold = |from_port| Clients { from_port: Some(from_port), ..Clients::new(to, 10_000, 100) };
-    let mut held: Vec<_> = [32768, 45000].map(|port| hold(port).hold(&scenario.client).unwrap()).into();
-    for held in &mut held {
-        assert_all(&held.opened().unwrap(), 10_000);
+    for family in Family::BOTH {
+        let to = scenario.pod.socket(family, PORT);
+        // Two processes, as one has too few descriptors; one address.
+        let hold = |from_port| Clients { from_port: Some(from_port), ..Clients::new(to, 10_000, 100) };
+        let mut held: Vec<_> = [32768, 45000].map(|port| hold(port).hold(&scenario.client).unwrap()).into();
+        for held in &mut held {
+            assert_all(&held.opened().unwrap(), 10_000);
+        }
+        let upstream = || scenario.srcip.status(&scenario.pod).unwrap()["upstream_connections"].clone();
+        assert_eq!(upstream(), 20_000);
+        for held in &mut held {
+            assert_all(&held.check().unwrap(), 10_000);
+        }
+        assert_eq!(scenario.counter("upstream_ports_exhausted"), 0);
+        held.into_iter().for_each(|held| held.close().unwrap());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while upstream() != 0 {
+            assert!(std::time::Instant::now() < deadline, "connections that do not end");
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
     }
-    let status = scenario.srcip.status(&scenario.pod).unwrap();
-    assert_eq!(status["upstream_connections"], 20_000);
-    for held in &mut held {
-        assert_all(&held.check().unwrap(), 10_000);
-    }
-    assert_eq!(scenario.counter("upstream_ports_exhausted"), 0);
-    held.into_iter().for_each(|held| held.close().unwrap());
 }
 
 /// 40,000 of several clients. Source ports are per client, so it is the number of one that matters.

@@ -45,7 +45,7 @@ fn a_steered_client(engine: Engine) {
     scenario.srcip.attach(&other, engine.option()).unwrap();
     for family in Family::BOTH {
         for (from, to) in [(&scenario.pod, &other), (&other, &scenario.pod)] {
-            let seen = client::ask_once(from, to.socket(family, PORT)).unwrap();
+            let seen = peer::ask(from, None, to.socket(family, PORT)).unwrap();
             assert_eq!(seen.peer.ip(), from.address(family));
             assert!(seen.proxied, "{seen:?}");
         }

@@ -40,6 +40,15 @@ pub struct Scenario {
     pub world: World,
 }
 
+impl Drop for Scenario {
+    fn drop(&mut self) {
+        // While the processes still run: the world's own drop comes after theirs.
+        if std::thread::panicking() {
+            self.world.diagnose();
+        }
+    }
+}
+
 impl Scenario {
     /// A client and an empty pod.
     pub fn empty(engine: Engine) -> Self {
@@ -95,6 +104,18 @@ impl Scenario {
         let seen = self.ask(family);
         assert_eq!(seen.peer.ip(), self.client.address(family));
         assert!(!seen.proxied, "{family:?}: {seen:?}");
+    }
+
+    /// Waits until the proxy's port has this many listeners.
+    pub fn wait_for_listeners(&self, count: usize) {
+        for _ in 0..2000 {
+            let sockets = self.pod.tcp_sockets().unwrap();
+            if sockets.iter().filter(|s| s.is_listener() && s.local.port() == 15006).count() == count {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("there are not {count} listeners");
     }
 
     pub fn counter(&self, name: &str) -> u64 {

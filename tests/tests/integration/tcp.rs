@@ -151,9 +151,11 @@ fn bulk_both_ways(engine: Engine) {
             let mut received = Checksum::default();
             let mut block = vec![0; 1 << 16];
             loop {
-                match stream.read(&mut block).unwrap() {
-                    0 => break,
-                    read => received.add(&block[..read]),
+                match stream.read(&mut block) {
+                    Ok(0) => break,
+                    Ok(read) => received.add(&block[..read]),
+                    Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                    Err(error) => panic!("{kind:?} {family:?}: {error}"),
                 }
             }
             let sent = sent.join().unwrap();
