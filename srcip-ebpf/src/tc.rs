@@ -31,7 +31,7 @@ use crate::{
 
 /// Go on: to the next program with tcx, to the next filter with clsact.
 const NEXT: i32 = TC_ACT_UNSPEC;
-const DROP: i32 = TC_ACT_SHOT as i32;
+const DROP: i32 = TC_ACT_SHOT;
 
 #[classifier]
 pub fn srcip_tc(ctx: TcContext) -> i32 {

@@ -51,6 +51,7 @@ const PROGRAMS: [Program; 5] = [
     Program { name: "haproxy", package: "haproxy", scope: Scope::Test, why: "the tests run srcip with it" },
     // A whole nginx has the same program; this is the smallest package with one.
     Program { name: "nginx", package: "nginx-light", scope: Scope::Test, why: "the tests run srcip with it" },
+    Program { name: "socat", package: "socat", scope: Scope::Test, why: "the tests run srcip with it" },
     Program {
         name: "bpftool",
         package: "bpftool",
@@ -153,11 +154,14 @@ mod tests {
     fn each_scope_has_its_programs() {
         assert!(packages(Scope::Build, &[]).is_empty());
         assert_eq!(packages(Scope::Run, &[]), ["iproute2", "iptables"]);
-        assert_eq!(packages(Scope::Test, &[]), ["iproute2", "iptables", "haproxy", "nginx-light", "bpftool"]);
+        assert_eq!(
+            packages(Scope::Test, &[]),
+            ["iproute2", "iptables", "haproxy", "nginx-light", "socat", "bpftool"]
+        );
     }
 
     #[test]
     fn a_program_that_is_there_is_not_installed_whatever_its_package() {
-        assert_eq!(packages(Scope::Test, &["ip", "nginx", "bpftool"]), ["iptables", "haproxy"]);
+        assert_eq!(packages(Scope::Test, &["ip", "nginx", "bpftool"]), ["iptables", "haproxy", "socat"]);
     }
 }

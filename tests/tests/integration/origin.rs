@@ -132,7 +132,7 @@ fn address_added_later() {
         for address in ["10.133.200.9", "fd13:37::200:9"] {
             let address: std::net::IpAddr = address.parse().unwrap();
             scenario.pod.add_address(address).unwrap();
-            let to = std::net::SocketAddr::new(address, PORT);
+            let to = SocketAddr::new(address, PORT);
             let seen = client::ask_once(&scenario.client, to).unwrap();
             assert_eq!(seen.local, to);
             assert!(seen.proxied);
