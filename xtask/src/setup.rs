@@ -35,7 +35,7 @@ struct Program {
     why: &'static str,
 }
 
-const PROGRAMS: [Program; 5] = [
+const PROGRAMS: [Program; 6] = [
     Program {
         name: "ip",
         package: "iproute2",
