@@ -11,6 +11,7 @@ use super::{
     hooks, in_netns,
     maps::Maps,
     object,
+    pins::{make_directory, remove_tree},
     record::{AttachSpec, EngineKind, Record, State},
     tc,
 };
@@ -86,6 +87,7 @@ impl Dataplane {
             route_table: settings.route.table,
             upstream_ports: settings.upstream_ports.to_string(),
             upstream_port_at: settings.upstream_port_at,
+            cgroup_id: cgroup.as_deref().and_then(hooks::cgroup_id),
             cgroup,
             previous_sysctls: sysctls,
             tc_hook: None,
@@ -189,10 +191,14 @@ impl Dataplane {
                 self.forget_gone(maps, &other)?;
                 continue;
             }
-            if let (Some(attached), Some(wanted)) = (other.cgroup, cgroup)
-                && attached != wanted
-            {
+            let (Some(attached), Some(wanted)) = (other.cgroup, cgroup) else { continue };
+            if attached != wanted {
                 return Err(Error::OtherCgroup { attached, wanted: wanted.to_owned() });
+            }
+            if other.cgroup_id != hooks::cgroup_id(wanted) {
+                // The cgroup was removed, and its hooks with it; this is a new one by the same name.
+                remove_tree(&self.pins.node())?;
+                make_directory(&self.pins.node())?;
             }
         }
         Ok(())

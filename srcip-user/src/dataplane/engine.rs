@@ -4,6 +4,7 @@ use aya::{
     Btf,
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported, is_program_supported},
+    util::KernelVersion,
 };
 
 use aya_obj::btf::BtfKind;
@@ -102,12 +103,25 @@ pub fn sk_lookup_requirements() -> Vec<Requirement> {
 
 /// What `tc` needs of the kernel.
 pub fn tc_requirements() -> Vec<Requirement> {
-    vec![Requirement {
-        name: "bpf_sk_assign in tc programs",
-        since: "5.7",
-        available: is_helper_supported(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_sk_assign)
-            .unwrap_or(false),
-    }]
+    vec![
+        Requirement {
+            name: "bpf_sk_assign in tc programs",
+            since: "5.7",
+            available: is_helper_supported(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_sk_assign)
+                .unwrap_or(false),
+        },
+        Requirement {
+            name: "network namespace cookies",
+            since: "5.14",
+            available: Netns::of_process(std::process::id()).is_ok_and(|own| own.cookie().is_ok()),
+        },
+    ]
+}
+
+/// Whether the kernel has what came with Linux 6.6: tcx, and `bpf_sk_assign` of reuseport listeners,
+/// which answers -ESOCKTNOSUPPORT before. The second cannot be tried without a packet.
+pub fn is_linux_6_6() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
 }
 
 /// Picks an engine and says why. `hooks` tells whether the node-wide hooks can be attached.

@@ -61,6 +61,12 @@ pub fn resolve_cgroup(choice: &CgroupChoice) -> Result<Option<PathBuf>> {
     }
 }
 
+/// The id of a cgroup, which is its directory's inode number; `None` if it is not there.
+pub fn cgroup_id(path: &Path) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    fs::metadata(path).ok().map(|metadata| metadata.ino())
+}
+
 /// Attaches the hooks that are not attached yet.
 pub(super) fn ensure(pins: &Pins, object: &mut Ebpf, cgroup: &Path) -> Result<()> {
     let directory = File::open(cgroup).file("open the cgroup", cgroup)?;

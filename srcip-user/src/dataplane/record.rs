@@ -5,6 +5,7 @@ use std::{fmt, path::PathBuf};
 use serde::{Deserialize, Serialize};
 use srcip_common::pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER};
 
+use super::engine::is_linux_6_6;
 use crate::{
     netns::{Netns, NetnsCookie},
     ports::{PortList, UpstreamPortList, steered_ports},
@@ -180,6 +181,8 @@ pub struct Record {
     pub upstream_port_at: UpstreamPortAt,
     /// Where the node-wide hooks are; none if this attachment does without.
     pub cgroup: Option<PathBuf>,
+    /// That cgroup's id, which tells it from another one at the same path.
+    pub cgroup_id: Option<u64>,
     /// The sysctls as they were before, to be put back.
     pub previous_sysctls: Sysctls,
     /// How the `tc` engine is to attach.
@@ -227,6 +230,12 @@ impl Record {
         }
         if self.engine == EngineKind::Tc {
             missing.push("connections are dropped, not refused, while the proxy does not listen");
+            if !is_linux_6_6() {
+                missing.push(
+                    "listeners with SO_REUSEPORT are not reached before Linux 6.6 (in Envoy: set \
+                     enable_reuse_port: false)",
+                );
+            }
         }
         missing
     }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::{
     Dataplane,
     error::Result,
+    hooks,
     maps::Maps,
     record::{Record, State},
 };
@@ -133,6 +134,14 @@ impl Dataplane {
                     super::record::OnProxyDown::Drop => "refused",
                     super::record::OnProxyDown::Pass => "passed to the application",
                 }
+            ));
+        }
+        if let Some(cgroup) = &record.cgroup
+            && hooks::cgroup_id(cgroup) != record.cgroup_id
+        {
+            problems.push(format!(
+                "the cgroup {} has been removed, and the hooks with it: attach again",
+                cgroup.display()
             ));
         }
         match (record.state, netns) {

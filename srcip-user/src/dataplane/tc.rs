@@ -10,11 +10,10 @@ use aya::{
         tc::{NlOptions, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
     },
     sys::is_program_supported,
-    util::KernelVersion,
 };
 
 use super::{
-    engine::Engine,
+    engine::{Engine, is_linux_6_6},
     error::{BpfContext as _, Result, load_error},
     hooks::pin_link,
     object,
@@ -39,8 +38,7 @@ pub(super) fn has_companion() -> bool {
 
 /// The hook that this kernel offers: tcx since Linux 6.6.
 pub(super) fn default_hook() -> TcHook {
-    let has_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
-    if has_tcx { TcHook::Tcx } else { TcHook::Clsact }
+    if is_linux_6_6() { TcHook::Tcx } else { TcHook::Clsact }
 }
 
 /// Says on which of the pod's devices the program shall sit. Where it sits by another hook, both are

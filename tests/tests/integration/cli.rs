@@ -159,6 +159,31 @@ fn names_and_conflicts() {
     assert!(!scenario.srcip.pin_path().exists());
 }
 
+/// The cgroup with the hooks is removed, and comes back as another one.
+#[test]
+fn a_cgroup_that_has_been_replaced() {
+    let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
+    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    let cgroup = scenario.world.cgroup().join("inner");
+    std::fs::create_dir(&cgroup).unwrap();
+    let attach = || scenario.srcip.attach(&scenario.pod, &format!("--cgroup {}", cgroup.display()));
+    attach().unwrap();
+    let problems = || scenario.srcip.status(&scenario.pod).unwrap()["problems"].to_string();
+    assert_eq!(problems(), "[]");
+    std::fs::remove_dir(&cgroup).unwrap();
+    assert_says(&problems(), &["the cgroup", "inner has been removed", "attach again"]);
+    std::fs::create_dir(&cgroup).unwrap();
+    attach().unwrap();
+    assert_eq!(problems(), "[]");
+    // The hooks are at work again: a proxy in there is served.
+    let proxy = scenario.proxy.as_ref().unwrap().process().pid();
+    std::fs::write(cgroup.join("cgroup.procs"), proxy.to_string()).unwrap();
+    scenario.assert_kept(Family::V4);
+    std::fs::write(scenario.world.cgroup().join("cgroup.procs"), proxy.to_string()).unwrap();
+    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    std::fs::remove_dir(&cgroup).unwrap();
+}
+
 #[test]
 fn pins_that_are_no_bpffs() {
     let scenario = Scenario::empty(Engine::SkLookup);
