@@ -9,8 +9,8 @@ pub const PASS_WHEN_PROXY_DOWN: u8 = 1 << 1;
 /// [`Pod::flags`]: choose the upstream leg's port when the proxy binds, for a proxy that binds
 /// without `IP_BIND_ADDRESS_NO_PORT`.
 pub const CHOOSE_PORT_AT_BIND: u8 = 1 << 2;
-/// [`Pod::flags`]: the `tc` engine has its `sk_lookup` companion, which reopens what is in TIME_WAIT.
-pub const REOPEN_BY_LOOKUP: u8 = 1 << 3;
+/// [`Pod::flags`]: the `tc` engine has its `sk_lookup` companion.
+pub const HAS_COMPANION: u8 = 1 << 3;
 
 /// A steered pod: the value under its netns cookie in the `PODS` map.
 ///
@@ -28,7 +28,7 @@ pub struct Pod {
     pub mark: u32,
     /// Port of the proxy's listener, host byte order.
     pub proxy_port: u16,
-    /// [`STEER`], [`PASS_WHEN_PROXY_DOWN`], [`CHOOSE_PORT_AT_BIND`], [`REOPEN_BY_LOOKUP`].
+    /// [`STEER`], [`PASS_WHEN_PROXY_DOWN`], [`CHOOSE_PORT_AT_BIND`], [`HAS_COMPANION`].
     pub flags: u8,
     padding: u8,
     padding2: u32,

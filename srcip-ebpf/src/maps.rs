@@ -66,9 +66,9 @@ pub static REGISTERED: LruHashMap<RegisteredKey, u8> = LruHashMap::pinned(16384,
 #[map]
 static PENDING: LruHashMap<ConnectionKey, u64> = LruHashMap::pinned(65536, 0);
 
-/// Listeners for connections that reopen one in TIME_WAIT, from `tc` to `sk_lookup`.
+/// Listeners for connection attempts that `tc` leaves to its companion.
 #[map]
-pub static REOPENING: SockHash<ConnectionKey> = SockHash::pinned(4096, 0);
+pub static BY_COMPANION: SockHash<ConnectionKey> = SockHash::pinned(4096, 0);
 
 /// A SYN is retransmitted for 127 s with the default `net.ipv4.tcp_syn_retries`; a note older than
 /// this was left by a connect that failed before its first SYN.

@@ -20,11 +20,11 @@ use srcip_common::{
     counters::Counters,
     keys::{AF_INET, AF_INET6, ConnectionKey},
     packet::{self, Endpoint, Header, Packet, Parsed, Segment},
-    pod::{PASS_WHEN_PROXY_DOWN, Pod, REOPEN_BY_LOOKUP, STEER},
+    pod::{HAS_COMPANION, PASS_WHEN_PROXY_DOWN, Pod, STEER},
 };
 
 use crate::{
-    maps::{self, REOPENING},
+    maps::{self, BY_COMPANION},
     sk_lookup::Lookup,
     sys::{self, field, tcp_state},
 };
@@ -83,8 +83,16 @@ fn steer(ctx: &TcContext, netns: u64, pod: &Pod, segment: &Segment) -> i32 {
     if segment.is_syn() && pod.upstream_ports.contains(source.port) {
         maps::count(netns, |c: &mut Counters| &mut c.client_port_in_upstream_range);
     }
-    let reopening = (reopens && pod.has(REOPEN_BY_LOOKUP)).then(|| connection(netns, segment));
-    if assign(ctx, pod.proxy_port, destination.address, reopening.as_ref()) {
+    let to = Handover {
+        connection: ConnectionKey::new(
+            netns,
+            (source.address, source.port),
+            (destination.address, destination.port),
+        ),
+        reopens,
+        has_companion: pod.has(HAS_COMPANION),
+    };
+    if hand_over(ctx, pod.proxy_port, destination.address, &to) {
         maps::learn_own(netns, destination.address);
         if segment.is_syn() {
             maps::count(netns, |c: &mut Counters| &mut c.steered);
@@ -104,25 +112,29 @@ fn steer(ctx: &TcContext, netns: u64, pod: &Pod, segment: &Segment) -> i32 {
     }
 }
 
-#[inline(always)]
-fn connection(netns: u64, segment: &Segment) -> ConnectionKey {
-    let Segment { source, destination, .. } = *segment;
-    ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port))
+/// A packet that is to go to the proxy's listener.
+struct Handover {
+    connection: ConnectionKey,
+    /// It is a SYN for a connection in TIME_WAIT.
+    reopens: bool,
+    /// Whether [`srcip_tc_companion`] is there.
+    has_companion: bool,
 }
 
 /// Gives the packet to the proxy's listener, bound to the pod's address, to all, or to loopback.
 #[inline(always)]
-fn assign(ctx: &TcContext, port: u16, own: Address, reopening: Option<&ConnectionKey>) -> bool {
+fn hand_over(ctx: &TcContext, port: u16, own: Address, packet: &Handover) -> bool {
     let loopback = match own.v4_be() {
         Some(_) => Address::from_v4_be(u32::from_ne_bytes([127, 0, 0, 1])),
         None => Address::from_v6_be([0, 0, 0, 1_u32.to_be()]),
     };
-    assign_at(ctx, Endpoint { address: own, port }, reopening)
-        || assign_at(ctx, Endpoint { address: loopback, port }, reopening)
+    hand_over_at(ctx, Endpoint { address: own, port }, packet)
+        || hand_over_at(ctx, Endpoint { address: loopback, port }, packet)
 }
 
 #[inline(always)]
-fn assign_at(ctx: &TcContext, listener: Endpoint, reopening: Option<&ConnectionKey>) -> bool {
+fn hand_over_at(ctx: &TcContext, listener: Endpoint, packet: &Handover) -> bool {
+    let Handover { connection, reopens, has_companion } = packet;
     // From nobody: no established connection can match, only a listener.
     let nobody = match listener.address.v4_be() {
         Some(_) => Address::from_v4_be(0),
@@ -130,31 +142,34 @@ fn assign_at(ctx: &TcContext, listener: Endpoint, reopening: Option<&ConnectionK
     };
     let nobody = Endpoint { address: nobody, port: 0 };
     sys::with_receiver(ctx, nobody, listener, |socket, state| {
-        if state != tcp_state::LISTEN {
-            return false;
-        }
-        match reopening {
-            Some(key) if sys::store_socket(&REOPENING, key, socket, 0).is_ok() => true,
-            // SAFETY: verified: the socket is held by the caller until this returns.
-            _ => unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) == 0 },
-        }
+        let by_companion =
+            || *has_companion && sys::store_socket(&BY_COMPANION, connection, socket, 0).is_ok();
+        // SAFETY: verified: the socket is held by the caller until this returns.
+        let assign = || unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) } == 0;
+        state == tcp_state::LISTEN && (*reopens && by_companion() || assign() || by_companion())
     })
     .unwrap_or(false)
 }
 
-/// The companion of this engine in the pod's netns, from Linux 5.9 on.
+/// The companion of this engine in the pod's netns, from Linux 5.9 on: answers the lookup of packets that
+/// a listener cannot simply be assigned to.
 ///
-/// A SYN for a connection in TIME_WAIT must reach that socket, which gives way to the listener that the
-/// kernel then looks up; assigned to a listener directly, the SYN would be dropped as a duplicate
-/// (`inet_csk_reqsk_queue_hash_add`, since Linux 6.10). So the SYN passes, and this answers the lookup.
+/// - A SYN for a connection in TIME_WAIT must reach that socket, which gives way to the listener that the
+///   kernel then looks up; assigned to a listener directly, the SYN would be dropped as a duplicate
+///   (`inet_csk_reqsk_queue_hash_add`, since Linux 6.10).
+/// - Before Linux 6.6, `bpf_sk_assign` refuses listeners with `SO_REUSEPORT`.
+///
+/// Such a packet passes, and its listener waits here under its connection.
 #[sk_lookup]
-pub fn srcip_tc_reopen(ctx: SkLookupContext) -> u32 {
-    let netns = maps::own_netns();
+pub fn srcip_tc_companion(ctx: SkLookupContext) -> u32 {
     if let Some(Lookup { source, destination, .. }) = Lookup::read(&ctx) {
-        let key =
-            ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port));
-        if REOPENING.redirect_sk_lookup(&ctx, key, 0).is_ok() {
-            sys::remove_socket(&REOPENING, &key);
+        let key = ConnectionKey::new(
+            maps::own_netns(),
+            (source.address, source.port),
+            (destination.address, destination.port),
+        );
+        if BY_COMPANION.redirect_sk_lookup(&ctx, key, 0).is_ok() {
+            sys::remove_socket(&BY_COMPANION, &key);
         }
     }
     SK_PASS

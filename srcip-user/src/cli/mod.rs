@@ -13,7 +13,7 @@ pub(crate) use privileges::missing as missing_capabilities;
 use std::{io, path::PathBuf, process::ExitCode};
 
 use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand};
-use tracing::level_filters::LevelFilter;
+use tracing_subscriber::EnvFilter;
 
 use crate::{
     dataplane::{Dataplane, error::chain, pins::DEFAULT_PIN_PATH},
@@ -122,15 +122,17 @@ pub fn main() -> ExitCode {
 }
 
 fn start_logging(verbose: u8) {
-    let level = match verbose {
-        0 => LevelFilter::WARN,
-        1 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
+    // Once for what srcip does (`srcip` is the programs' own log), twice for what aya does for it.
+    let filter = match verbose {
+        0 => "warn",
+        1 => "warn,srcip_user=debug,srcip=debug",
+        2 => "debug",
+        _ => "trace",
     };
     tracing_subscriber::fmt()
         .with_writer(io::stderr)
         .with_ansi(output::colour(&io::stderr()))
-        .with_max_level(level)
+        .with_env_filter(EnvFilter::new(filter))
         .with_target(false)
         .without_time()
         .init();

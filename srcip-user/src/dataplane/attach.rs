@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use srcip_common::pod::REOPEN_BY_LOOKUP;
+use srcip_common::pod::HAS_COMPANION;
 
 use super::{
     Dataplane, engine,
@@ -160,7 +160,7 @@ impl Dataplane {
         }
         let mut pod = spec.settings.pod();
         if record.engine == EngineKind::Tc && tc::has_companion() {
-            pod.flags |= REOPEN_BY_LOOKUP;
+            pod.flags |= HAS_COMPANION;
         }
         maps.store_pod(cookie, pod)?;
         // From here on connections are steered.

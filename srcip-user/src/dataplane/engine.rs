@@ -4,7 +4,6 @@ use aya::{
     Btf,
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported, is_program_supported},
-    util::KernelVersion,
 };
 
 use aya_obj::btf::BtfKind;
@@ -116,12 +115,6 @@ pub fn tc_requirements() -> Vec<Requirement> {
             available: Netns::of_process(std::process::id()).is_ok_and(|own| own.cookie().is_ok()),
         },
     ]
-}
-
-/// Whether the kernel has what came with Linux 6.6: tcx, and `bpf_sk_assign` of reuseport listeners,
-/// which answers -ESOCKTNOSUPPORT before. The second cannot be tried without a packet.
-pub fn is_linux_6_6() -> bool {
-    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
 }
 
 /// Picks an engine and says why. `hooks` tells whether the node-wide hooks can be attached.

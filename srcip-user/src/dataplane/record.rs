@@ -5,7 +5,6 @@ use std::{fmt, path::PathBuf};
 use serde::{Deserialize, Serialize};
 use srcip_common::pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER};
 
-use super::engine::is_linux_6_6;
 use crate::{
     netns::{Netns, NetnsCookie},
     ports::{PortList, UpstreamPortList, steered_ports},
@@ -230,12 +229,6 @@ impl Record {
         }
         if self.engine == EngineKind::Tc {
             missing.push("connections are dropped, not refused, while the proxy does not listen");
-            if !is_linux_6_6() {
-                missing.push(
-                    "listeners with SO_REUSEPORT are not reached before Linux 6.6 (in Envoy: set \
-                     enable_reuse_port: false)",
-                );
-            }
         }
         missing
     }

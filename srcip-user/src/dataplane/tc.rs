@@ -10,10 +10,11 @@ use aya::{
         tc::{NlOptions, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
     },
     sys::is_program_supported,
+    util::KernelVersion,
 };
 
 use super::{
-    engine::{Engine, is_linux_6_6},
+    engine::Engine,
     error::{BpfContext as _, Result, load_error},
     hooks::pin_link,
     object,
@@ -28,8 +29,8 @@ use crate::{
 
 const PROGRAM: &str = "srcip_tc";
 
-/// An `sk_lookup` program that helps with connections in TIME_WAIT, where the kernel has the type.
-const COMPANION: &str = "srcip_tc_reopen";
+/// An `sk_lookup` program for what a listener cannot simply be assigned to.
+const COMPANION: &str = "srcip_tc_companion";
 
 /// Whether the kernel can run the companion: Linux 5.9.
 pub(super) fn has_companion() -> bool {
@@ -38,7 +39,8 @@ pub(super) fn has_companion() -> bool {
 
 /// The hook that this kernel offers: tcx since Linux 6.6.
 pub(super) fn default_hook() -> TcHook {
-    if is_linux_6_6() { TcHook::Tcx } else { TcHook::Clsact }
+    let has_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
+    if has_tcx { TcHook::Tcx } else { TcHook::Clsact }
 }
 
 /// Says on which of the pod's devices the program shall sit. Where it sits by another hook, both are

@@ -311,6 +311,21 @@ fn tables_for_people() {
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
 
+/// What the programs themselves say of an attach, with `-v`.
+#[test]
+fn verbose_shows_the_programs_log() {
+    let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
+    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    for (options, expected) in [("", 0), ("-v", 1)] {
+        let arguments = scenario.srcip.attach_arguments(&scenario.pod, options);
+        let said = String::from_utf8(scenario.srcip.output(&arguments).unwrap().stderr).unwrap();
+        // HAProxy's dual-stack listener: AF_INET6 is 10.
+        assert_eq!(said.matches("listener registered: family 10 port 15006").count(), expected, "{said}");
+        assert!(said.lines().count() < 10, "{said}");
+        scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    }
+}
+
 #[test]
 fn completions_manual_version() {
     let scenario = Scenario::empty(Engine::SkLookup);
