@@ -16,8 +16,12 @@ fn main() -> Result<()> {
     println!("cargo:rerun-if-env-changed=SRCIP_BPF_TOOLCHAIN");
     let toolchain = toolchain()?;
     // SAFETY: nothing else runs in this process yet.
-    // `-Z build-std` is an unstable option; this lets any compiler take it, for the eBPF crate alone.
-    unsafe { env::set_var("RUSTC_BOOTSTRAP", "1") };
+    unsafe {
+        // `-Z build-std` is an unstable option; this lets any compiler take it, for the eBPF crate alone.
+        env::set_var("RUSTC_BOOTSTRAP", "1");
+        // aya-build shows every line of the inner build as a warning of the outer one.
+        env::set_var("CARGO_TERM_QUIET", "true");
+    }
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../srcip-ebpf");
     let root_dir = root.to_str().context("the checkout's path is not UTF-8")?;
     println!("cargo:rerun-if-changed={root_dir}/../srcip-common/src");

@@ -203,6 +203,30 @@ fn pins_that_are_no_bpffs() {
     assert!(!wrong.exists());
 }
 
+/// Where the default bpffs is not mounted, attach mounts it.
+#[test]
+fn a_bpffs_that_is_not_mounted() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let srcip = binary("srcip").display().to_string();
+    let pins = format!("--pin-path /sys/fs/bpf/{}", scenario.pod.name());
+    let attach = format!(
+        "{srcip} attach --netns {} --proxy-port 15006 --cgroup {} {pins}",
+        scenario.pod.path().display(),
+        scenario.world.cgroup().display()
+    );
+    // In a mount namespace of its own, with a /sys that has nothing mounted on it.
+    let script = format!(
+        "mount -t sysfs sysfs /sys && mount -t cgroup2 none {} 2>/dev/null || \
+         mount -t tmpfs none /sys/fs/cgroup && mkdir -p {0} && mount -t cgroup2 none {0}; \
+         {attach} && stat -f -c %T /sys/fs/bpf && {srcip} status {pins} && {srcip} detach --all --now {pins}",
+        srcip_user::dataplane::hooks::cgroup_root().unwrap().display()
+    );
+    let output = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{output:?}");
+    assert_says(&said, &["attached: inbound ports", "bpf_fs", "Attached", "detached"]);
+}
+
 #[test]
 fn pins_of_another_version() {
     let scenario = Scenario::empty(Engine::SkLookup);
