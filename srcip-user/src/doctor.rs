@@ -10,13 +10,13 @@ use nix::sys::{
 use serde::Serialize;
 
 use crate::{
-    cli::missing_capabilities,
     dataplane::{
         engine::{self, Requirement, sk_lookup_requirements, tc_requirements},
         hooks::cgroup_root,
     },
     netns::Netns,
     ports::{DEFAULT_UPSTREAM_PORTS, UpstreamPortList},
+    privileges,
     routing::{self, ForeignRule, ReturnRoute, RoutingError},
     sysctl::{self, Sysctls},
 };
@@ -123,7 +123,7 @@ fn kernel_version() -> Check {
 }
 
 fn capabilities() -> Check {
-    let missing = missing_capabilities();
+    let missing = privileges::missing();
     if missing.is_empty() {
         return ok("capabilities", "all there");
     }

@@ -5,7 +5,7 @@
 //! - [`dataplane`]: attach, detach, status; the two engines; pins.
 //! - [`netns`], [`routing`], [`sysctl`], [`sockets`]: a pod's network namespace, its return route, its
 //!   sockets.
-//! - [`doctor`]: what a node can run.
+//! - [`doctor`]: what a node can run. [`privileges`]: what srcip may do.
 
 pub mod cli;
 pub mod clsact;
@@ -13,6 +13,7 @@ pub mod dataplane;
 pub mod doctor;
 pub mod netns;
 pub mod ports;
+pub mod privileges;
 pub mod routing;
 pub mod sockets;
 pub mod sysctl;

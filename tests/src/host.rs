@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use srcip_user::{
     netns::Netns,
     sockets::{TcpSocket, tcp_sockets},
@@ -173,13 +173,21 @@ impl Host {
         sockets.iter().any(|socket| socket.is_listener() && socket.local.port() == port)
     }
 
+    /// Waits until somebody listens on `port`.
+    pub fn wait_open(&self, port: u16) -> Result<()> {
+        self.wait_listens(port, true)
+    }
+
     /// Waits until nobody listens on `port`.
     pub fn wait_closed(&self, port: u16) -> Result<()> {
+        self.wait_listens(port, false)
+    }
+
+    fn wait_listens(&self, port: u16, wanted: bool) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(20);
-        while self.listens(port) {
-            if Instant::now() > deadline {
-                bail!("somebody on {} still listens on port {port}", self.name);
-            }
+        while self.listens(port) != wanted {
+            let who = if wanted { "nobody on" } else { "somebody still on" };
+            ensure!(Instant::now() < deadline, "{who} {} listens on port {port}", self.name);
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -76,7 +76,9 @@ impl Load {
     /// Waits until `count` more connections have been tried.
     pub fn wait_for(&self, count: usize) {
         let goal = self.done.load(Ordering::Relaxed) + count;
+        let deadline = Instant::now() + Duration::from_secs(120);
         while self.done.load(Ordering::Relaxed) < goal {
+            assert!(Instant::now() < deadline, "{count} connections take longer than two minutes");
             std::thread::sleep(Duration::from_millis(2));
         }
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
-use super::{NetnsArg, output, privileges};
+use super::{NetnsArg, output};
 use crate::{
     dataplane::{
         Dataplane,
@@ -87,7 +87,7 @@ enum TcHookArg {
 
 impl Attach {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
-        privileges::require("attach")?;
+        crate::privileges::require("attach")?;
         let spec = AttachSpec {
             netns: self.netns.open()?,
             name: self.name,

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::{output, privileges};
+use super::output;
 use crate::dataplane::Dataplane;
 
 /// Remove all traces of this instance, also of an interrupted attach or another version.
@@ -15,7 +15,7 @@ pub(super) struct Cleanup {}
 impl Cleanup {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         let Self {} = self;
-        privileges::require("cleanup")?;
+        crate::privileges::require("cleanup")?;
         for name in dataplane.cleanup()? {
             output::print(format!("{name} removed\n").as_bytes())?;
         }

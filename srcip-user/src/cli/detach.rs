@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use clap::Args;
 
-use super::{output, privileges};
+use super::output;
 use crate::dataplane::{Dataplane, detach::Detached, error::Error, record::Record};
 
 /// Stop steering and leave nothing behind.
@@ -44,7 +44,7 @@ struct Target {
 
 impl Detach {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
-        privileges::require("detach")?;
+        crate::privileges::require("detach")?;
         let deadline = Instant::now() + Duration::from_secs(if self.now { 0 } else { self.drain });
         let records = self.target.records(dataplane)?;
         if records.is_empty() {

@@ -5,10 +5,7 @@ mod cleanup;
 mod detach;
 mod doctor;
 mod output;
-mod privileges;
 mod status;
-
-pub(crate) use privileges::missing as missing_capabilities;
 
 use std::{io, path::PathBuf, process::ExitCode};
 

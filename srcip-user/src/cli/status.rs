@@ -3,10 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 
-use super::{
-    output::{Format, or_none, print_data, print_table},
-    privileges,
-};
+use super::output::{Format, or_none, print_data, print_table};
 use crate::dataplane::{
     Dataplane,
     record::{OnProxyDown, State},
@@ -40,7 +37,7 @@ const WIDE: [&str; 10] = [
 
 impl StatusArgs {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
-        privileges::require("status")?;
+        crate::privileges::require("status")?;
         let status = dataplane.status()?;
         match self.output {
             Format::Json | Format::Yaml => return print_data(&status, self.output),

@@ -48,9 +48,7 @@ fn proxy_port(engine: Engine) {
     let mut scenario = Scenario::http(engine, Kind::Haproxy);
     let moved = Proxy::spawn(&scenario.pod, Kind::Haproxy, |config| config.replace("15006", "15007"));
     let _moved = moved.unwrap();
-    while !scenario.pod.listens(15007) {
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    scenario.pod.wait_open(15007).unwrap();
     for options in ["--on-proxy-down drop", "--on-proxy-down pass"] {
         let load = Load::start(&scenario.client, scenario.pod.socket(Family::V4, PORT), 2).unwrap();
         for round in 0..6 {

@@ -123,9 +123,7 @@ fn a_proxy_that_takes_its_port_at_bind() {
         socat.arg("TCP4-LISTEN:15006,fork,reuseaddr,backlog=64");
         socat.arg(format!("TCP4:{to},bind={client},ip-transparent"));
         let _socat = scenario.pod.start("socat", socat).unwrap();
-        while !scenario.pod.listens(15006) {
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
+        scenario.pod.wait_open(15006).unwrap();
         scenario.attach("");
         let seen = scenario.ask(Family::V4);
         assert_eq!(seen.peer.ip(), client);

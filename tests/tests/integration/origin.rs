@@ -149,18 +149,20 @@ fn udp_is_left_alone() {
     use std::net::UdpSocket;
     for engine in [Engine::SkLookup, Engine::Tc] {
         let scenario = Scenario::http(engine, Kind::Haproxy);
-        let to = scenario.pod.socket(Family::V4, PORT);
-        let server = scenario.pod.netns().run(|| UdpSocket::bind(to)).unwrap().unwrap();
-        let client = scenario.client.netns().run(|| UdpSocket::bind("0.0.0.0:0")).unwrap().unwrap();
-        for socket in [&server, &client] {
-            socket.set_read_timeout(Some(client::PATIENCE)).unwrap();
+        for (family, any) in [(Family::V4, "0.0.0.0:0"), (Family::V6, "[::]:0")] {
+            let to = scenario.pod.socket(family, PORT);
+            let server = scenario.pod.netns().run(|| UdpSocket::bind(to)).unwrap().unwrap();
+            let client = scenario.client.netns().run(|| UdpSocket::bind(any)).unwrap().unwrap();
+            for socket in [&server, &client] {
+                socket.set_read_timeout(Some(client::PATIENCE)).unwrap();
+            }
+            client.send_to(b"ping", to).unwrap();
+            let mut buffer = [0; 8];
+            let (length, from) = server.recv_from(&mut buffer).unwrap();
+            assert_eq!((&buffer[..length], from.ip()), (&b"ping"[..], scenario.client.address(family)));
+            server.send_to(b"pong", from).unwrap();
+            assert_eq!(client.recv_from(&mut buffer).unwrap(), (4, to));
         }
-        client.send_to(b"ping", to).unwrap();
-        let mut buffer = [0; 8];
-        let (length, from) = server.recv_from(&mut buffer).unwrap();
-        assert_eq!((&buffer[..length], from.ip()), (&b"ping"[..], scenario.client.address(Family::V4)));
-        server.send_to(b"pong", from).unwrap();
-        assert_eq!(client.recv_from(&mut buffer).unwrap(), (4, to));
         assert_eq!(scenario.counter("steered"), 0);
     }
 }

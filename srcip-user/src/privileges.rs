@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Result, bail};
 
 /// Capabilities srcip needs, by number (linux/capability.h), with the reason.
-pub(crate) const NEEDED: [(u32, &str, &str); 4] = [
+const NEEDED: [(u32, &str, &str); 4] = [
     (12, "CAP_NET_ADMIN", "attach to network namespaces, cgroups and devices; routes and rules"),
     (21, "CAP_SYS_ADMIN", "enter a pod's network namespace"),
     (38, "CAP_PERFMON", "run the iterator over a pod's sockets"),
@@ -13,7 +13,7 @@ pub(crate) const NEEDED: [(u32, &str, &str); 4] = [
 ];
 
 /// The needed capabilities that this process does not have.
-pub(crate) fn missing() -> Vec<(&'static str, &'static str)> {
+pub fn missing() -> Vec<(&'static str, &'static str)> {
     let effective = fs::read_to_string("/proc/self/status")
         .ok()
         .and_then(|status| {
@@ -30,7 +30,7 @@ pub(crate) fn missing() -> Vec<(&'static str, &'static str)> {
 }
 
 /// Fails if a capability is missing.
-pub(super) fn require(verb: &str) -> Result<()> {
+pub fn require(verb: &str) -> Result<()> {
     let missing = missing();
     if missing.is_empty() {
         return Ok(());
