@@ -145,22 +145,31 @@ fn parse_v6<P: Packet + ?Sized>(packet: &P) -> Option<Parsed> {
     let mut fragment = Fragment { offset: 0, more: false };
     // One round more, to find TCP behind the last one.
     for _ in 0..=MAX_EXTENSIONS {
-        // The second byte is the length: in 8 octets without the first 8 for options and routing, in 4
+        if next == TCP {
+            let source = Address::from_v6_be(words(header.src_addr));
+            let destination = Address::from_v6_be(words(header.dst_addr));
+            return parse_tcp(packet, offset, fragment, source, destination);
+        }
+        if ![
+            extension::HOP_BY_HOP,
+            extension::ROUTING,
+            extension::DESTINATION,
+            extension::AUTHENTICATION,
+            extension::FRAGMENT,
+        ]
+        .contains(&next)
+        {
+            return None;
+        }
+        let Some([following, length, high, low]) = packet.load::<[u8; 4]>(offset) else {
+            // The rest of the chain comes in another fragment, and with it, perhaps, a SYN.
+            return fragment.more.then_some(Parsed::Disguised);
+        };
+        // The second octet is the length: in 8 octets without the first 8 for options and routing, in 4
         // octets without the first 8 for the authentication header, reserved for the fragment header.
-        let length = match next {
-            extension::HOP_BY_HOP | extension::ROUTING | extension::DESTINATION => {
-                let [following, length] = packet.load::<[u8; 2]>(offset)?;
-                next = following;
-                (u32::from(length) + 1) * 8
-            }
-            extension::AUTHENTICATION => {
-                let [following, length] = packet.load::<[u8; 2]>(offset)?;
-                next = following;
-                (u32::from(length) + 2) * 4
-            }
+        offset += match next {
+            extension::AUTHENTICATION => (u32::from(length) + 2) * 4,
             extension::FRAGMENT => {
-                let [following, _, high, low] = packet.load::<[u8; 4]>(offset)?;
-                next = following;
                 let bits = u16::from_be_bytes([high, low]);
                 fragment = Fragment { offset: bits >> 3, more: bits & 1 != 0 };
                 if fragment.offset != 0 {
@@ -169,14 +178,9 @@ fn parse_v6<P: Packet + ?Sized>(packet: &P) -> Option<Parsed> {
                 }
                 8
             }
-            TCP => {
-                let source = Address::from_v6_be(words(header.src_addr));
-                let destination = Address::from_v6_be(words(header.dst_addr));
-                return parse_tcp(packet, offset, fragment, source, destination);
-            }
-            _ => return None,
+            _ => (u32::from(length) + 1) * 8,
         };
-        offset += length;
+        next = following;
     }
     Some(Parsed::Disguised)
 }

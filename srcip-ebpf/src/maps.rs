@@ -59,20 +59,45 @@ pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(16384, 0);
 #[map]
 pub static REGISTERED: LruHashMap<RegisteredKey, u8> = LruHashMap::pinned(16384, 0);
 
-/// Upstream legs whose next packet may pass `sk_lookup`: noted before the SYN leaves and before each
-/// retransmission, and again before the ACK that completes the handshake, for SYN cookies. A note is good
-/// for one packet, so that nobody else can use it while the application's queue is full. The value is the
-/// time of insertion, in nanoseconds since boot.
+/// Upstream legs that may pass `sk_lookup`: the time of the note, in nanoseconds since boot, with a
+/// [`Note`] in its lowest bits.
 #[map]
 static PENDING: LruHashMap<ConnectionKey, u64> = LruHashMap::pinned(65536, 0);
 
-/// Listeners for connection attempts that `tc` leaves to its companion.
-#[map]
-pub static BY_COMPANION: SockHash<ConnectionKey> = SockHash::pinned(4096, 0);
+/// What a note in [`PENDING`] is good for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Note {
+    /// One packet: a SYN that is about to leave. Nobody else can use it while the application's queue is
+    /// full.
+    Once = 0,
+    /// `connect` is choosing a port and nobody else may choose it. Its own search looks sockets up, and
+    /// those lookups run `sk_lookup` as well.
+    Reservation = 1,
+    /// All packets until the application's end stands. Only with SYN cookies is there anything to look up
+    /// by then: the last ACK, and, if that is dropped, the data that follows it.
+    Standing = 2,
+}
 
-/// A SYN is retransmitted for 127 s with the default `net.ipv4.tcp_syn_retries`; a note older than
-/// this was left by a connect that failed before its first SYN.
-const PENDING_MAX_AGE_NS: u64 = 180_000_000_000;
+impl Note {
+    const BITS: u64 = 3;
+
+    #[inline(always)]
+    fn now(self) -> u64 {
+        sys::boot_ns() & !Self::BITS | self as u64
+    }
+
+    /// How long it is good. A reservation is used or given up within a system call, but for a connect that
+    /// fails before its SYN. A SYN is retransmitted for 127 s with the default
+    /// `net.ipv4.tcp_syn_retries`.
+    #[inline(always)]
+    fn max_age_ns(value: u64) -> u64 {
+        if value & Self::BITS == Self::Reservation as u64 { 1_000_000_000 } else { 180_000_000_000 }
+    }
+}
+
+/// Connection attempts that `tc` leaves to its companion.
+#[map]
+pub static BY_COMPANION: LruHashMap<ConnectionKey, u8> = LruHashMap::pinned(16384, 0);
 
 /// The pod that this copy of a per-pod program serves.
 #[inline(always)]
@@ -133,44 +158,43 @@ pub fn is_upstream(netns: u64, source: Address, destination: Address) -> bool {
     is_foreign(netns, source) && (destination.is_loopback() || is_own(netns, destination))
 }
 
-/// Whether an upstream leg with these ends is noted.
+/// The note of an upstream leg, if there is one that is still good.
 #[inline(always)]
-pub fn is_pending(key: &ConnectionKey) -> bool {
+fn pending(key: &ConnectionKey) -> Option<u64> {
     // SAFETY: an LRU map may hand the element to another key while it is read; the worst is a wrong
     // age, and only for a connection evicted among 65536 that are all in mid-handshake.
-    match unsafe { PENDING.get(key) } {
-        Some(&since) => sys::boot_ns().wrapping_sub(since) < PENDING_MAX_AGE_NS,
-        None => false,
-    }
+    let value = unsafe { *PENDING.get(key)? };
+    (sys::boot_ns().wrapping_sub(value & !Note::BITS) < Note::max_age_ns(value)).then_some(value)
 }
 
 /// Notes an upstream leg.
 #[inline(always)]
-pub fn note_pending(key: &ConnectionKey) {
-    let _ = PENDING.insert(key, sys::boot_ns(), 0);
+pub fn note_pending(key: &ConnectionKey, note: Note) {
+    let _ = PENDING.insert(key, note.now(), 0);
 }
 
-/// Notes an upstream leg unless one with the same ends is already on its way.
+/// Notes an upstream leg whose port is being chosen, unless there is one with the same ends.
 #[inline(always)]
 pub fn reserve_pending(key: &ConnectionKey) -> bool {
-    if PENDING.insert(key, sys::boot_ns(), BPF_NOEXIST.into()).is_ok() {
+    if PENDING.insert(key, Note::Reservation.now(), BPF_NOEXIST.into()).is_ok() {
         return true;
     }
-    let is_stale = !is_pending(key);
+    let is_stale = pending(key).is_none();
     if is_stale {
-        note_pending(key);
+        note_pending(key, Note::Reservation);
     }
     is_stale
 }
 
-/// Uses the note of an upstream leg, if there is one.
+/// Whether a packet of this connection may pass. Uses the note up if it is for one packet: of two at the
+/// same time, one passes.
 #[inline(always)]
 pub fn take_pending(key: &ConnectionKey) -> bool {
-    let taken = is_pending(key);
-    if taken {
-        forget_pending(key);
+    match pending(key) {
+        Some(value) if value & Note::BITS == Note::Once as u64 => PENDING.remove(key).is_ok(),
+        Some(_) => true,
+        None => false,
     }
-    taken
 }
 
 /// Takes the note back.

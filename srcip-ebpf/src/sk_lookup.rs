@@ -44,7 +44,8 @@ fn steer(ctx: &SkLookupContext) -> u32 {
 
     // `ingress_ifindex` would not do here: for a connection from the pod to its own address the kernel
     // reports the route's device, not lo (`inet_iif` prefers `rt_iif`). The addresses tell. A packet
-    // from outside cannot carry them as its source: `fib_validate_source` drops it as a martian.
+    // from outside cannot carry them as its source: `fib_validate_source` drops it as a martian for IPv4,
+    // and for IPv6 the answer would not leave the pod.
     if destination.address.is_loopback()
         || source.address.is_loopback()
         || maps::is_own(netns, source.address)
@@ -80,7 +81,7 @@ fn steer(ctx: &SkLookupContext) -> u32 {
 
 /// What is being looked up.
 pub struct Lookup {
-    family: u16,
+    pub family: u16,
     pub source: Endpoint,
     pub destination: Endpoint,
 }

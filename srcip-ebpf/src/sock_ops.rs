@@ -16,7 +16,7 @@ use srcip_common::{address::Address, keys::ConnectionKey, pod::Pod};
 
 use crate::{
     listeners,
-    maps::{self, LISTENERS},
+    maps::{self, LISTENERS, Note},
     sys::{self, address, field, tcp_state},
 };
 
@@ -38,7 +38,7 @@ fn follow(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             let Ends { local, remote } = Ends::read(ctx);
             if maps::is_upstream(netns, local.0, remote.0) {
-                maps::note_pending(&ConnectionKey::new(netns, local, remote));
+                maps::note_pending(&ConnectionKey::new(netns, local, remote), Note::Once);
                 // To hear of retransmissions and of its end, however it ends.
                 let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
                 let _ = ctx.set_cb_flags(flags as i32);
@@ -47,14 +47,14 @@ fn follow(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
         // A SYN is about to leave once more.
         BPF_SOCK_OPS_RTO_CB if field!(ctx.ops, state) == tcp_state::SYN_SENT => {
             let Ends { local, remote } = Ends::read(ctx);
-            maps::note_pending(&ConnectionKey::new(netns, local, remote));
+            maps::note_pending(&ConnectionKey::new(netns, local, remote), Note::Once);
         }
         // The ACK is about to leave. With SYN cookies the application's end has no socket yet, and the ACK
         // is looked up like the SYN.
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
             let Ends { local, remote } = Ends::read(ctx);
             if maps::is_upstream(netns, local.0, remote.0) {
-                maps::note_pending(&ConnectionKey::new(netns, local, remote));
+                maps::note_pending(&ConnectionKey::new(netns, local, remote), Note::Standing);
             }
         }
         // The application's end stands.

@@ -9,8 +9,8 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{bpf_sock_addr, bpf_sock_tuple, sockaddr},
     helpers::generated::{
-        bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_map_delete_elem,
-        bpf_map_update_elem, bpf_setsockopt, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_map_update_elem,
+        bpf_setsockopt, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     maps::SockHash,
 };
@@ -168,14 +168,6 @@ pub fn store_socket<K>(map: &SockHash<K>, key: &K, socket: *mut c_void, flags: u
     // SAFETY: verified: the map's own key, and a socket that the caller holds as the value.
     let error = unsafe { bpf_map_update_elem(map, core::ptr::from_ref(key).cast(), socket, flags) };
     if error == 0 { Ok(()) } else { Err(error) }
-}
-
-/// Takes a socket out of a SockHash. Linux 5.10.
-#[inline(always)]
-pub fn remove_socket<K>(map: &SockHash<K>, key: &K) {
-    let map = core::ptr::from_ref(map).cast_mut().cast::<c_void>();
-    // SAFETY: verified: the map's own key.
-    unsafe { bpf_map_delete_elem(map, core::ptr::from_ref(key).cast()) };
 }
 
 /// Reads one field of a context, exactly where and when it is written.

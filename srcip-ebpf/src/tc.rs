@@ -8,8 +8,9 @@ use core::ffi::c_void;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, TC_ACT_SHOT, TC_ACT_UNSPEC,
-        bpf_fib_lookup, sk_action::SK_PASS,
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NOT_FWDED, BPF_NOEXIST, TC_ACT_SHOT, TC_ACT_UNSPEC,
+        bpf_fib_lookup, bpf_sock,
+        sk_action::{SK_DROP, SK_PASS},
     },
     helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_sk_assign, bpf_skb_load_bytes_relative},
     macros::{classifier, sk_lookup},
@@ -18,13 +19,14 @@ use aya_ebpf::{
 use srcip_common::{
     address::Address,
     counters::Counters,
-    keys::{AF_INET, AF_INET6, ConnectionKey},
+    keys::{AF_INET, AF_INET6, ConnectionKey, LISTENER_SLOTS, ListenerKey},
     packet::{self, Endpoint, Header, Packet, Parsed, Segment},
     pod::{HAS_COMPANION, PASS_WHEN_PROXY_DOWN, Pod, STEER},
 };
 
 use crate::{
-    maps::{self, BY_COMPANION},
+    listeners,
+    maps::{self, BY_COMPANION, LISTENERS},
     sk_lookup::Lookup,
     sys::{self, field, tcp_state},
 };
@@ -142,10 +144,21 @@ fn hand_over_at(ctx: &TcContext, listener: Endpoint, packet: &Handover) -> bool 
     };
     let nobody = Endpoint { address: nobody, port: 0 };
     sys::with_receiver(ctx, nobody, listener, |socket, state| {
-        let by_companion =
-            || *has_companion && sys::store_socket(&BY_COMPANION, connection, socket, 0).is_ok();
         // SAFETY: verified: the socket is held by the caller until this returns.
         let assign = || unsafe { bpf_sk_assign(ctx.as_ptr(), socket, 0) } == 0;
+        let by_companion = || {
+            // Where there are hooks they have registered it already; this is for nodes without.
+            // SAFETY: as above.
+            let family = unsafe { (*socket.cast::<bpf_sock>()).family } as u16;
+            let key = ListenerKey {
+                netns: connection.netns,
+                port: listener.port,
+                family,
+                slot: LISTENER_SLOTS - 1,
+            };
+            let _ = sys::store_socket(&LISTENERS, &key, socket, BPF_NOEXIST.into());
+            *has_companion && BY_COMPANION.insert(connection, 1, 0).is_ok()
+        };
         state == tcp_state::LISTEN && (*reopens && by_companion() || assign() || by_companion())
     })
     .unwrap_or(false)
@@ -159,20 +172,22 @@ fn hand_over_at(ctx: &TcContext, listener: Endpoint, packet: &Handover) -> bool 
 ///   (`inet_csk_reqsk_queue_hash_add`, since Linux 6.10).
 /// - Before Linux 6.6, `bpf_sk_assign` refuses listeners with `SO_REUSEPORT`.
 ///
-/// Such a packet passes, and its listener waits here under its connection.
+/// Such a packet is noted and passes.
 #[sk_lookup]
 pub fn srcip_tc_companion(ctx: SkLookupContext) -> u32 {
-    if let Some(Lookup { source, destination, .. }) = Lookup::read(&ctx) {
-        let key = ConnectionKey::new(
-            maps::own_netns(),
-            (source.address, source.port),
-            (destination.address, destination.port),
-        );
-        if BY_COMPANION.redirect_sk_lookup(&ctx, key, 0).is_ok() {
-            sys::remove_socket(&BY_COMPANION, &key);
-        }
+    let netns = maps::own_netns();
+    let (Some(pod), Some(Lookup { family, source, destination })) = (maps::pod(netns), Lookup::read(&ctx))
+    else {
+        return SK_PASS;
+    };
+    let key =
+        ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port));
+    if BY_COMPANION.remove(key).is_err() || listeners::assign(&ctx, netns, pod.proxy_port, family) {
+        SK_PASS
+    } else {
+        // It was there a moment ago; the application must not have what was meant for it.
+        SK_DROP
     }
-    SK_PASS
 }
 
 /// Whether the packet is for the pod itself. One that is to be forwarded must not get a socket: the

@@ -130,6 +130,24 @@ fn first_fragments_are_told_apart() {
 }
 
 #[test]
+fn a_first_fragment_that_ends_inside_the_chain_could_hide_anything() {
+    let first = std::vec![0, 0, 0, 1, 0, 0, 0, 0];
+    let options = std::vec![0_u8; 8];
+    let whole = v6_packet(
+        &[
+            (extension::FRAGMENT, first),
+            (extension::DESTINATION, options.clone()),
+            (extension::DESTINATION, options),
+        ],
+        &tcp_header(1, 2, SYN),
+    );
+    for length in [48, 50, 56, 58, 64, 70] {
+        assert_eq!(parse(&whole[..length], ETH_P_IPV6), Parsed::Disguised, "{length} octets");
+    }
+    assert!(segment_of(parse(&whole[..], ETH_P_IPV6)).is_fragment);
+}
+
+#[test]
 fn tcp_behind_too_many_extension_headers_is_not_just_anything() {
     for (count, expected) in [(MAX_EXTENSIONS, true), (MAX_EXTENSIONS + 1, false), (40, false)] {
         let extensions = std::vec![(extension::DESTINATION, std::vec![0; 8]); count];

@@ -14,14 +14,15 @@ use crate::dataplane::{Dataplane, detach::Detached, error::Error, record::Record
 /// Stop steering and leave nothing behind.
 ///
 /// New connections go to the application at once. The return route stays until the proxy's connections
-/// to the application have ended, or the time for that is up; then everything is removed and the
-/// sysctl gets its old value back.
+/// to the application have ended, or the time for that is up; then everything is removed and
+/// the sysctls get their old values back.
 #[derive(Debug, Args)]
 pub(super) struct Detach {
     #[command(flatten)]
     target: Target,
     /// How long to wait for upstream connections to end.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, conflicts_with = "now")]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, conflicts_with = "now",
+          value_parser = clap::value_parser!(u64).range(..=86_400))]
     drain: u64,
     /// Do not wait.
     #[arg(long)]

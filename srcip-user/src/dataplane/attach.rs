@@ -108,11 +108,19 @@ impl Dataplane {
         let mut warnings = Vec::new();
         let done = self.carry_out(&mut maps, &mut node, spec, previous.as_ref(), &mut record, &mut warnings);
         if let Err(error) = done {
-            if previous.is_none() {
-                // The first error is the one to report; `cleanup` finishes what this cannot.
-                if let Err(second) = self.tear_down(&mut maps, &record, Some(&spec.netns)) {
-                    tracing::warn!("taking the half-done attachment back failed: {second}");
+            // The first error is the one to report; `cleanup` finishes what this cannot.
+            let second = match previous {
+                None => self.tear_down(&mut maps, &record, Some(&spec.netns)),
+                // It stays as it was, and knows what there may be besides.
+                Some(mut previous) => {
+                    let current = previous.route();
+                    previous.earlier_routes = record.routes().filter(|route| *route != current).collect();
+                    previous.tc_devices.clone_from(&record.tc_devices);
+                    maps.store_record(&previous)
                 }
+            };
+            if let Err(second) = second {
+                tracing::warn!("taking the half-done attachment back failed: {second}");
             }
             return Err(error);
         }
@@ -182,6 +190,7 @@ impl Dataplane {
         cookie: NetnsCookie,
         cgroup: Option<&Path>,
     ) -> Result<()> {
+        let mut replaced = false;
         for other in maps.records()? {
             if other.name == name && other.netns_cookie != cookie {
                 if self.find_netns(&other).is_some() {
@@ -195,10 +204,16 @@ impl Dataplane {
             if attached != wanted {
                 return Err(Error::OtherCgroup { attached, wanted: wanted.to_owned() });
             }
-            if other.cgroup_id != hooks::cgroup_id(wanted) {
-                // The cgroup was removed, and its hooks with it; this is a new one by the same name.
-                remove_tree(&self.pins.node())?;
-                make_directory(&self.pins.node())?;
+            replaced |= other.cgroup_id != hooks::cgroup_id(wanted);
+        }
+        if replaced && let Some(cgroup) = cgroup {
+            // The cgroup was removed, and its hooks with it; this is a new one by the same name. It serves
+            // all pods, so all are told.
+            remove_tree(&self.pins.node())?;
+            make_directory(&self.pins.node())?;
+            for mut record in maps.records()?.into_iter().filter(|record| record.cgroup.is_some()) {
+                record.cgroup_id = hooks::cgroup_id(cgroup);
+                maps.store_record(&record)?;
             }
         }
         Ok(())

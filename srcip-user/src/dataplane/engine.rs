@@ -147,7 +147,7 @@ pub fn choose(wanted: Option<EngineKind>, hooks: bool) -> Result<(EngineKind, St
             Some(tc) => Err(Error::EngineUnavailable {
                 engine: "tc",
                 reason: tc,
-                cure: "run Linux 5.7 or newer; `srcip doctor` lists what is missing",
+                cure: "run Linux 5.14 or newer; `srcip doctor` lists what is missing",
             }),
         },
     }

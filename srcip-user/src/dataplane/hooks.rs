@@ -67,6 +67,11 @@ pub fn cgroup_id(path: &Path) -> Option<u64> {
     fs::metadata(path).ok().map(|metadata| metadata.ino())
 }
 
+/// Whether all hooks are attached.
+pub(super) fn are_attached(pins: &Pins) -> bool {
+    SOCK_ADDR.iter().chain([&SOCK_OPS]).all(|name| pins.node().join(name).exists())
+}
+
 /// Attaches the hooks that are not attached yet.
 pub(super) fn ensure(pins: &Pins, object: &mut Ebpf, cgroup: &Path) -> Result<()> {
     let directory = File::open(cgroup).file("open the cgroup", cgroup)?;

@@ -31,7 +31,7 @@ pub struct Maps {
     counters: PerCpuHashMap<MapData, u64, Counters>,
     addresses: HashMap<MapData, AddressKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
-    by_companion: SockHash<MapData, ConnectionKey>,
+    by_companion: HashMap<MapData, ConnectionKey, u8>,
     registered: HashMap<MapData, RegisteredKey, u8>,
     pending: HashMap<MapData, ConnectionKey, u64>,
 }
@@ -78,7 +78,7 @@ impl Maps {
             counters: open(&maps.join("COUNTERS"), Map::PerCpuHashMap)?,
             addresses: open(&maps.join("ADDRESSES"), Map::HashMap)?,
             listeners: open(&maps.join("LISTENERS"), Map::SockHash)?,
-            by_companion: open(&maps.join("BY_COMPANION"), Map::SockHash)?,
+            by_companion: open(&maps.join("BY_COMPANION"), Map::LruHashMap)?,
             registered: open(&maps.join("REGISTERED"), Map::LruHashMap)?,
             pending: open(&maps.join("PENDING"), Map::LruHashMap)?,
         })
@@ -201,7 +201,7 @@ impl Maps {
         let netns = cookie.0;
         remove_keys(&mut self.pods, |key| *key == netns)?;
         remove_sockets(&mut self.listeners, |key| key.netns == netns)?;
-        remove_sockets(&mut self.by_companion, |key| key.netns == netns)?;
+        remove_keys(&mut self.by_companion, |key| key.netns == netns)?;
         remove_keys(&mut self.registered, |key| key.netns == netns)?;
         remove_keys(&mut self.pending, |key| key.netns == netns)?;
         remove_keys(&mut self.addresses, |key| key.netns == netns)?;

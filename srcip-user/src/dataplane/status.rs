@@ -126,7 +126,7 @@ impl Dataplane {
         let mut problems = Vec::new();
         if netns.is_none() {
             problems.push("the network namespace is gone: `srcip detach` removes the rest".to_owned());
-        } else if listeners.is_empty() {
+        } else if listeners.is_empty() && record.state != State::Draining {
             problems.push(format!(
                 "nothing listens on port {}: connections are {}",
                 record.proxy_port,
@@ -143,6 +143,9 @@ impl Dataplane {
                 "the cgroup {} has been removed, and the hooks with it: attach again",
                 cgroup.display()
             ));
+        }
+        if record.cgroup.is_some() && !hooks::are_attached(&self.pins) {
+            problems.push("hooks are missing: attach again".to_owned());
         }
         match (record.state, netns) {
             (State::Attaching, _) => {

@@ -47,8 +47,12 @@ pub(super) fn default_hook() -> TcHook {
 /// remembered until the change is done.
 pub(super) fn plan(netns: &Netns, hook: TcHook, record: &mut Record) -> Result<()> {
     let devices = netns.run(routing::devices)?.map_err(|e| super::in_netns(e, netns))?;
-    record.tc_devices.retain(|known| devices.contains(&known.device));
+    record.tc_devices.retain(|known| devices.iter().any(|device| device.index == known.device.index));
     for device in devices {
+        // Devices may be given another name.
+        for known in record.tc_devices.iter_mut().filter(|known| known.device.index == device.index) {
+            known.device.name.clone_from(&device.name);
+        }
         let is_known = |known: &TcDevice| known.device == device && known.hook == hook;
         if !record.tc_devices.iter().any(is_known) {
             record.tc_devices.push(TcDevice { device, hook, created_clsact: false });

@@ -162,10 +162,12 @@ fn names_and_conflicts() {
 /// The cgroup with the hooks is removed, and comes back as another one.
 #[test]
 fn a_cgroup_that_has_been_replaced() {
-    let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
+    let mut scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
     scenario.srcip.detach(&scenario.pod, "--now").unwrap();
     let cgroup = scenario.world.cgroup().join("inner");
     std::fs::create_dir(&cgroup).unwrap();
+    let other = scenario.world.host("other").unwrap();
+    scenario.srcip.attach(&other, &format!("--cgroup {}", cgroup.display())).unwrap();
     let attach = || scenario.srcip.attach(&scenario.pod, &format!("--cgroup {}", cgroup.display()));
     attach().unwrap();
     let problems = || scenario.srcip.status(&scenario.pod).unwrap()["problems"].to_string();
@@ -175,12 +177,22 @@ fn a_cgroup_that_has_been_replaced() {
     std::fs::create_dir(&cgroup).unwrap();
     attach().unwrap();
     assert_eq!(problems(), "[]");
+    // The other pod has the same new hooks, and nobody replaces them once more.
+    let hook = || {
+        let pin = scenario.srcip.pin_path().join("node/srcip_sock_ops");
+        let link = aya::programs::links::PinnedLink::from_pin(pin).unwrap();
+        aya::programs::links::FdLink::from(link).info().unwrap().id()
+    };
+    let before = hook();
+    assert_eq!(scenario.srcip.status(&other).unwrap()["problems"].to_string().matches("cgroup").count(), 0);
+    attach().unwrap();
+    assert_eq!(hook(), before);
     // The hooks are at work again: a proxy in there is served.
     let proxy = scenario.proxy.as_ref().unwrap().process().pid();
     std::fs::write(cgroup.join("cgroup.procs"), proxy.to_string()).unwrap();
     scenario.assert_kept(Family::V4);
     std::fs::write(scenario.world.cgroup().join("cgroup.procs"), proxy.to_string()).unwrap();
-    scenario.srcip.detach(&scenario.pod, "--now").unwrap();
+    scenario.srcip.run("detach --all --now").unwrap();
     std::fs::remove_dir(&cgroup).unwrap();
 }
 

@@ -243,15 +243,15 @@ fn a_path_that_another_namespace_has_taken() {
 fn a_path_that_has_gone() {
     let scenario = Scenario::empty(Engine::SkLookup);
     let mut sleeper = scenario.pod.command("sleep").unwrap();
-    let mut sleeper = sleeper.arg("60").spawn().unwrap();
+    sleeper.arg("60");
+    let mut sleeper = scenario.pod.start("sleep", sleeper).unwrap();
     let before = traces(&scenario.pod);
     let cgroup = scenario.world.cgroup().display().to_string();
-    let arguments = format!("attach --pid {} --proxy-port 15006 --cgroup {cgroup}", sleeper.id());
+    let arguments = format!("attach --pid {} --proxy-port 15006 --cgroup {cgroup}", sleeper.pid());
     let said = scenario.srcip.run(&arguments).unwrap();
-    let name = format!("pid-{}", sleeper.id());
+    let name = format!("pid-{}", sleeper.pid());
     assert!(said.starts_with(&format!("{name} attached")), "{said}");
-    sleeper.kill().unwrap();
-    sleeper.wait().unwrap();
+    sleeper.kill();
     scenario.srcip.run(&format!("detach --name {name} --now")).unwrap();
     assert_eq!(traces(&scenario.pod), before);
 }
