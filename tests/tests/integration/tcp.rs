@@ -6,7 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use srcip_tests::{Family, client, peer::Clients, proxy::Kind};
+use srcip_tests::{
+    Family, client,
+    peer::Clients,
+    proxy::{Kind, Proxy},
+};
 
 use crate::scenario::{Engine, PORT, Scenario};
 
@@ -14,6 +18,7 @@ crate::engines!(
     time_wait_reuse,
     syn_cookies,
     retransmitted_attempts,
+    a_full_accept_queue,
     half_close,
     bulk_both_ways,
     keep_alive,
@@ -91,6 +96,58 @@ fn retransmitted_attempts(engine: Engine) {
         }
     }
     assert_eq!(scenario.counter("steered"), 12);
+}
+
+/// The application's queue is full: the proxy's SYN is looked up and dropped, and what it sends again a
+/// second later must pass as well.
+fn a_full_accept_queue(engine: Engine) {
+    use socket2::{Domain, Socket, Type};
+    let mut scenario = Scenario::empty(engine);
+    let any: SocketAddr = format!("[::]:{PORT}").parse().unwrap();
+    let listener = scenario.pod.netns().run(|| {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&any.into()).unwrap();
+        // Room for one connection.
+        socket.listen(0).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        std::net::TcpListener::from(socket)
+    });
+    let listener = listener.unwrap();
+    scenario.proxy = Some(Proxy::start(&scenario.pod, Kind::EnvoyTcp).unwrap());
+    scenario.attach("");
+    for family in Family::BOTH {
+        let loopback = match family {
+            Family::V4 => "127.0.0.1",
+            Family::V6 => "::1",
+        };
+        let filler = SocketAddr::new(loopback.parse().unwrap(), PORT);
+        let _filler = client::connect(&scenario.pod, filler).unwrap();
+        let drops = || scenario.pod.sh("nstat -asz TcpExtListenOverflows").unwrap();
+        let before = drops();
+        let stream = connect(&scenario, family);
+        let own = stream.local_addr().unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        assert_ne!(drops(), before, "no SYN met a full queue");
+        accept(&listener);
+        let peer = accept(&listener);
+        assert_eq!(peer.ip().to_canonical(), own.ip());
+        assert_ne!(peer.port(), own.port(), "past the proxy");
+    }
+    assert_eq!(scenario.counter("steered"), 2);
+}
+
+fn accept(listener: &std::net::TcpListener) -> SocketAddr {
+    let deadline = Instant::now() + Duration::from_secs(8);
+    loop {
+        match listener.accept() {
+            Ok((_, peer)) => return peer,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => panic!("{error}"),
+        }
+        assert!(Instant::now() < deadline, "no connection arrives");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// The client says it is done sending, and still gets everything.
