@@ -67,7 +67,10 @@ impl StatusArgs {
 
 fn row(attachment: &AttachmentStatus, wide: bool) -> Vec<String> {
     let AttachmentStatus { record, listeners, upstream_connections, counters, .. } = attachment;
-    let listeners: Vec<_> = listeners.iter().map(ToString::to_string).collect();
+    // A proxy with several workers has several listeners with one address; once is enough for people.
+    let mut listeners: Vec<_> = listeners.iter().map(ToString::to_string).collect();
+    listeners.sort();
+    listeners.dedup();
     let mut row = vec![
         record.name.clone(),
         record.engine.to_string(),

@@ -327,6 +327,12 @@ fn json_names_are_stable() {
 
 #[test]
 fn tables_for_people() {
+    // Envoy with two workers: four listeners, two addresses.
+    let scenario = Scenario::http(Engine::SkLookup, Kind::Envoy);
+    let status = scenario.srcip.status(&scenario.pod).unwrap();
+    assert_eq!(status["registered_listeners"], 4, "{status}");
+    assert!(scenario.srcip.run("status").unwrap().contains("   0.0.0.0:15006,[::]:15006   0 "));
+    drop(scenario);
     let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
     scenario.attach("--name web");
     let table = scenario.srcip.run("status").unwrap();
