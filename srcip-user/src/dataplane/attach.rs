@@ -191,7 +191,7 @@ impl Dataplane {
         cgroup: Option<&Path>,
     ) -> Result<()> {
         let mut replaced = false;
-        for other in maps.records()? {
+        for other in self.records_locked()? {
             if other.name == name && other.netns_cookie != cookie {
                 if self.find_netns(&other).is_some() {
                     return Err(Error::NameTaken { name: other.name, netns: other.netns });
@@ -211,7 +211,7 @@ impl Dataplane {
             // all pods, so all are told.
             remove_tree(&self.pins.node())?;
             make_directory(&self.pins.node())?;
-            for mut record in maps.records()?.into_iter().filter(|record| record.cgroup.is_some()) {
+            for mut record in self.records_locked()?.into_iter().filter(|record| record.cgroup.is_some()) {
                 record.cgroup_id = hooks::cgroup_id(cgroup);
                 maps.store_record(&record)?;
             }

@@ -84,17 +84,6 @@ impl Maps {
         })
     }
 
-    /// What is remembered of all attachments, by name.
-    pub fn records(&self) -> Result<Vec<Record>> {
-        let mut records = Vec::new();
-        for entry in self.attachments.iter() {
-            let (cookie, value) = entry.bpf(|| "read the map ATTACHMENTS".to_owned())?;
-            records.push(decode(cookie, &value)?);
-        }
-        records.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(records)
-    }
-
     /// What is remembered of all attachments, read from nothing but the map that has it, which looks the
     /// same in all versions. A map that is there and cannot be read counts as one unreadable record.
     pub fn read_records(pins: &Pins) -> Vec<Result<Record>> {

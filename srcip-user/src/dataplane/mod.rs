@@ -44,11 +44,16 @@ impl Dataplane {
     /// All attachments, by name.
     pub fn records(&self) -> Result<Vec<Record>> {
         let Some(_lock) = self.pins.lock()? else { return Ok(Vec::new()) };
+        self.records_locked()
+    }
+
+    /// The same for who holds the lock. Only the one map is read: when an attach was interrupted early,
+    /// it may be the only one there is.
+    fn records_locked(&self) -> Result<Vec<Record>> {
         Maps::check_layout(&self.pins)?;
-        if !self.pins.maps().join("ATTACHMENTS").exists() {
-            return Ok(Vec::new());
-        }
-        Maps::open(&self.pins)?.records()
+        let mut records = Maps::read_records(&self.pins).into_iter().collect::<Result<Vec<_>>>()?;
+        records.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(records)
     }
 
     /// The attachment of a name.

@@ -75,16 +75,13 @@ impl Dataplane {
         let Some(_lock) = self.pins.lock()? else {
             return Ok(Status { attachments: Vec::new() });
         };
-        Maps::check_layout(&self.pins)?;
-        if !self.pins.maps().join("ATTACHMENTS").exists() {
+        let records = self.records_locked()?;
+        if records.is_empty() {
             return Ok(Status { attachments: Vec::new() });
         }
         let maps = Maps::open(&self.pins)?;
-        let attachments = maps
-            .records()?
-            .into_iter()
-            .map(|record| self.attachment_status(&maps, record))
-            .collect::<Result<_>>()?;
+        let attachments =
+            records.into_iter().map(|record| self.attachment_status(&maps, record)).collect::<Result<_>>()?;
         Ok(Status { attachments })
     }
 

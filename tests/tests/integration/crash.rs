@@ -121,6 +121,35 @@ fn killed_at_any_moment_of_detach(engine: Engine) {
     }
 }
 
+/// Killed while the maps were being made: only some of them are there.
+#[test]
+fn killed_between_two_maps() {
+    let scenario = scenario(Engine::SkLookup);
+    let before = traces(&scenario.pod);
+    for repair in ["status", "detach --all --now", "cleanup", "attach"] {
+        let maps = scenario.srcip.pin_path().join("maps");
+        std::fs::create_dir_all(&maps).unwrap();
+        let mut loader = aya::EbpfLoader::new();
+        drop(loader.default_map_pin_directory(&maps).load(srcip_user::EBPF_OBJECT).unwrap());
+        for map in std::fs::read_dir(&maps).unwrap() {
+            let map = map.unwrap();
+            if map.file_name() != "ATTACHMENTS" && map.file_name() != "PODS" {
+                std::fs::remove_file(map.path()).unwrap();
+            }
+        }
+        match repair {
+            "attach" => {
+                scenario.attach("");
+                scenario.assert_kept(Family::V4);
+            }
+            repair => drop(scenario.srcip.run(repair).unwrap()),
+        }
+        scenario.srcip.run("detach --all --now").unwrap();
+        assert!(!scenario.srcip.pin_path().exists(), "{repair}");
+        assert_eq!(traces(&scenario.pod), before, "{repair}");
+    }
+}
+
 /// Two at once on one instance wait for each other.
 #[test]
 fn two_at_once() {
