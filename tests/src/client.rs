@@ -12,7 +12,7 @@ use socket2::{Domain, Socket, Type};
 use crate::host::Host;
 
 /// Long enough for a machine under load, short enough to call a connection hung.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Opens a connection from `host`.
 pub fn connect(host: &Host, to: SocketAddr) -> Result<TcpStream> {

@@ -63,10 +63,13 @@ fn every_view(scenario: &Scenario) {
                 sockets.into_iter().find(|s| s.is_connection() && s.remote == own)
             });
             assert_eq!(downstream.local, to);
-            // By now the upstream leg stands; proxies may hold older ones open beside it.
-            std::thread::sleep(std::time::Duration::from_millis(300));
-            let sockets = scenario.pod.tcp_sockets().unwrap();
-            let ss = scenario.pod.sh("ss -Htn").unwrap();
+            // The upstream leg comes a moment later; proxies may hold older ones open beside it.
+            let (mut sockets, mut ss) = (Vec::new(), String::new());
+            while !request.is_finished() {
+                sockets.extend(scenario.pod.tcp_sockets().unwrap());
+                ss += &scenario.pod.sh("ss -Htn").unwrap();
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
             let body = request.join().unwrap().body;
             let peer: SocketAddr = body.split_whitespace().next().unwrap().parse().unwrap();
             let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
