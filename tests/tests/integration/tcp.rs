@@ -41,6 +41,12 @@ fn time_wait_reuse(engine: Engine) {
             assert!(response.to_lowercase().contains("via: haproxy"), "round {round}: {response}");
             assert!(response.contains(&from.ip().to_string()), "round {round}: {response}");
             drop(stream);
+            // The client's end is gone once its last segment has been acknowledged.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while scenario.client.tcp_sockets().unwrap().iter().any(|s| s.local.port() == 45678) {
+                assert!(Instant::now() < deadline, "round {round}: the client's end stays");
+                std::thread::sleep(Duration::from_millis(2));
+            }
             if round == 0 {
                 let sockets = scenario.pod.sh("ss -Htan state time-wait").unwrap();
                 assert!(sockets.contains(":45678"), "{sockets}");
