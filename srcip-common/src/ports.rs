@@ -18,8 +18,6 @@ impl core::fmt::Debug for PortSet {
 impl PortSet {
     /// No port.
     pub const EMPTY: Self = Self([0; WORDS]);
-    /// Every port.
-    pub const ALL: Self = Self([u64::MAX; WORDS]);
 
     /// Whether `port` (host byte order) is in the set.
     #[inline]

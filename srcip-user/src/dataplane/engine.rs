@@ -21,9 +21,6 @@ use crate::netns::Netns;
 ///
 /// The settings are in the maps; an engine only puts its program in place and takes it away.
 pub trait Engine {
-    /// Which one it is.
-    fn kind(&self) -> EngineKind;
-
     /// Gets ready for the proxy's listeners on another port, before the settings say so.
     fn prepare(&self, _pins: &Pins, _netns: &Netns, _record: &Record) -> Result<()> {
         Ok(())

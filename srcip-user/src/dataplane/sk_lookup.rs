@@ -13,7 +13,7 @@ use super::{
     hooks::pin_link,
     object,
     pins::{Pins, make_directory, remove_tree},
-    record::{EngineKind, Record},
+    record::Record,
 };
 use crate::netns::Netns;
 
@@ -25,10 +25,6 @@ const ITERATOR: &str = "srcip_iter_tcp";
 pub(super) struct SkLookupEngine;
 
 impl Engine for SkLookupEngine {
-    fn kind(&self) -> EngineKind {
-        EngineKind::SkLookup
-    }
-
     fn prepare(&self, pins: &Pins, netns: &Netns, record: &Record) -> Result<()> {
         register_listeners(&mut object::load(pins, Some(record))?, netns)
     }

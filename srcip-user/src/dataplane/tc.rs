@@ -19,7 +19,7 @@ use super::{
     hooks::pin_link,
     object,
     pins::{Pins, make_directory, remove_tree},
-    record::{EngineKind, Record, TcDevice, TcHook},
+    record::{Record, TcDevice, TcHook},
 };
 use crate::{
     clsact,
@@ -67,10 +67,6 @@ pub(super) fn plan(netns: &Netns, hook: TcHook, record: &mut Record) -> Result<(
 pub(super) struct TcEngine;
 
 impl Engine for TcEngine {
-    fn kind(&self) -> EngineKind {
-        EngineKind::Tc
-    }
-
     fn attach(
         &self,
         pins: &Pins,
