@@ -16,6 +16,7 @@ pub mod keys;
 pub mod packet;
 pub mod pod;
 pub mod ports;
+pub mod telemetry;
 
 /// Layout of the pinned maps. Raised whenever the key or value of a pinned map changes shape, so that
 /// one version of srcip never misreads what another one left in the kernel.
@@ -40,4 +41,6 @@ map_types! {
     keys::ListenerKey: 16,
     keys::RegisteredKey: 16,
     pod::Pod: 8232,
+    telemetry::Event: 104,
+    telemetry::WatchCounters: 40,
 }

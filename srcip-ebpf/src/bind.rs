@@ -12,11 +12,11 @@ use srcip_common::{
     keys::{AF_INET, AF_INET6},
     pod::CHOOSE_PORT_AT_BIND,
 };
+use srcip_ebpf::sys::{self, SO_REUSEADDR};
 
 use crate::{
     connect::{ALLOW, requested, store_cursor, stream_of_pod},
     maps,
-    sys::{self, SO_REUSEADDR},
 };
 
 #[cgroup_sock_addr(bind4)]

@@ -13,11 +13,9 @@ use srcip_common::{
     packet::Endpoint,
     pod::Pod,
 };
+use srcip_ebpf::sys::{self, SO_MARK, SO_REUSEADDR, address, field, tcp_state, words};
 
-use crate::{
-    maps::{self, PODS},
-    sys::{self, SO_MARK, SO_REUSEADDR, address, field, tcp_state, words},
-};
+use crate::maps::{self, PODS};
 
 /// Let the call go on. These programs never forbid one.
 pub const ALLOW: i32 = 1;

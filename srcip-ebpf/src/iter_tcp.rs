@@ -6,11 +6,11 @@ use core::ffi::c_void;
 
 use aya_ebpf::{EbpfContext, bindings::BPF_NOEXIST, cty::c_int};
 use aya_log_ebpf::info;
+use srcip_ebpf::sys::{self, tcp_state};
 
 use crate::{
     listeners,
     maps::{self, LISTENERS},
-    sys::{self, tcp_state},
 };
 
 /// `struct bpf_iter__tcp`: net/ipv4/tcp_ipv4.c.

@@ -20,7 +20,6 @@ mod listeners;
 mod maps;
 mod sk_lookup;
 mod sock_ops;
-mod sys;
 mod tc;
 
 /// Dual MIT/GPL: some helpers are for GPL-compatible programs only.

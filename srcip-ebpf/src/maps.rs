@@ -15,8 +15,7 @@ use srcip_common::{
     keys::{AddressKey, ConnectionKey, ListenerKey, RegisteredKey},
     pod::Pod,
 };
-
-use crate::sys;
+use srcip_ebpf::sys;
 
 const MAX_PODS: u32 = 1024;
 

@@ -13,11 +13,9 @@ use srcip_common::{
     packet::Endpoint,
     pod::{PASS_WHEN_PROXY_DOWN, STEER},
 };
+use srcip_ebpf::sys::{address, field};
 
-use crate::{
-    listeners, maps,
-    sys::{address, field},
-};
+use crate::{listeners, maps};
 
 const TCP: u32 = 6;
 

@@ -12,12 +12,15 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use srcip_common::{address::Address, keys::ConnectionKey, pod::Pod};
+use srcip_common::{keys::ConnectionKey, pod::Pod};
+use srcip_ebpf::{
+    ends::Ends,
+    sys::{self, field, tcp_state},
+};
 
 use crate::{
     listeners,
     maps::{self, LISTENERS, Note},
-    sys::{self, address, field, tcp_state},
 };
 
 #[sock_ops]
@@ -84,24 +87,4 @@ fn listening(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
         // SAFETY: verified: the context is valid, and the helper takes the socket it stands for.
         LISTENERS.update(key, unsafe { &mut *ctx.ops }, BPF_NOEXIST.into()).is_ok()
     });
-}
-
-/// Both ends of the context's socket; ports in host byte order.
-struct Ends {
-    local: (Address, u16),
-    remote: (Address, u16),
-}
-
-impl Ends {
-    #[inline(always)]
-    fn read(ctx: &SockOpsContext) -> Self {
-        let ops = ctx.ops;
-        let family = field!(ops, family) as u16;
-        // A dual-stack socket that speaks IPv4 says AF_INET6 and has mapped addresses: the same key.
-        let local = address!(ops, family, local_ip4, local_ip6);
-        let remote = address!(ops, family, remote_ip4, remote_ip6);
-        // `remote_port` is a big-endian u32 whose upper half is the port; `local_port` is not.
-        let remote_port = u32::from_be(field!(ops, remote_port)) as u16;
-        Self { local: (local, field!(ops, local_port) as u16), remote: (remote, remote_port) }
-    }
 }

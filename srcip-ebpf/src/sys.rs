@@ -7,17 +7,17 @@ use core::ffi::{c_long, c_void};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{bpf_sock_addr, bpf_sock_tuple, sockaddr},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, bpf_sock_tuple, sockaddr},
+    btf_maps::SkStorage,
     helpers::generated::{
         bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_map_update_elem,
-        bpf_setsockopt, bpf_sk_release, bpf_skc_lookup_tcp,
+        bpf_setsockopt, bpf_sk_release, bpf_sk_storage_get, bpf_skc_lookup_tcp,
     },
     maps::SockHash,
 };
-use srcip_common::{
-    keys::{AF_INET, AF_INET6},
-    packet::Endpoint,
-};
+pub use srcip_common::address::Address;
+pub use srcip_common::keys::{AF_INET, AF_INET6};
+use srcip_common::packet::Endpoint;
 
 const SOL_SOCKET: i32 = 1;
 /// For [`set_socket_option`]. In the kernel's table for BPF since Linux 6.0; ignored before.
@@ -28,9 +28,14 @@ pub const SO_MARK: i32 = 36;
 /// TCP states by number: include/net/tcp_states.h, stable as user-space API.
 pub mod tcp_state {
     pub const SYN_SENT: u32 = 2;
+    pub const FIN_WAIT1: u32 = 4;
+    pub const FIN_WAIT2: u32 = 5;
     pub const TIME_WAIT: u32 = 6;
     pub const CLOSE: u32 = 7;
+    pub const CLOSE_WAIT: u32 = 8;
+    pub const LAST_ACK: u32 = 9;
     pub const LISTEN: u32 = 10;
+    pub const CLOSING: u32 = 11;
 }
 
 /// Nanoseconds since boot.
@@ -170,7 +175,41 @@ pub fn store_socket<K>(map: &SockHash<K>, key: &K, socket: *mut c_void, flags: u
     if error == 0 { Ok(()) } else { Err(error) }
 }
 
+/// Adds one to a number in a map, in one instruction that nothing can interrupt.
+///
+/// By hand, because `core` has no atomic arithmetic for a target without compare-and-swap, which the
+/// first BPF instruction set is.
+#[inline(always)]
+pub fn increment(number: &u64) {
+    // SAFETY: verified: the number lies in a map, where anybody may write at any time and no reference
+    // is taken for unchanging; the instruction adds to it and touches nothing else.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({number} + 0) += {one}", number = in(reg) number, one = in(reg) 1_u64);
+    }
+}
+
+/// What a program keeps with a socket; it goes when the socket does. Linux 5.4 in `sock_ops`.
+#[inline(always)]
+pub fn socket_storage<T>(map: &SkStorage<T>, socket: *mut bpf_sock) -> Option<*mut T> {
+    storage(map, socket, core::ptr::null_mut(), 0)
+}
+
+/// The same, made of `value` if there is none. `None` if there is no memory for it.
+#[inline(always)]
+pub fn new_socket_storage<T>(map: &SkStorage<T>, socket: *mut bpf_sock, mut value: T) -> Option<*mut T> {
+    storage(map, socket, &raw mut value, BPF_SK_STORAGE_GET_F_CREATE.into())
+}
+
+#[inline(always)]
+fn storage<T>(map: &SkStorage<T>, socket: *mut bpf_sock, value: *mut T, flags: u64) -> Option<*mut T> {
+    let map = core::ptr::from_ref(map).cast_mut().cast::<c_void>();
+    // SAFETY: verified: the map's own value type, and a socket of the context that is not null.
+    let stored = unsafe { bpf_sk_storage_get(map, socket.cast(), value.cast(), flags) };
+    (!stored.is_null()).then_some(stored.cast())
+}
+
 /// Reads one field of a context, exactly where and when it is written.
+#[macro_export]
 macro_rules! field {
     ($context:expr, $($field:tt)+) => {
         // SAFETY: verified: a context, or a socket that is not null, is valid while the program runs.
@@ -179,6 +218,7 @@ macro_rules! field {
 }
 
 /// Reads the four words of an IPv6 address of a context.
+#[macro_export]
 macro_rules! words {
     ($context:expr, $v6:ident) => {
         [
@@ -194,16 +234,17 @@ macro_rules! words {
 ///
 /// All words are read before the family decides: out of two branches LLVM would make one read at a
 /// computed offset, and the verifier says "dereference of modified ctx ptr disallowed".
+#[macro_export]
 macro_rules! address {
     ($context:expr, $family:expr, $v4:ident, $v6:ident) => {{
         let v4 = $crate::sys::field!($context, $v4);
         let v6 = $crate::sys::words!($context, $v6);
-        if $family == srcip_common::keys::AF_INET {
-            srcip_common::address::Address::from_v4_be(v4)
+        if $family == $crate::sys::AF_INET {
+            $crate::sys::Address::from_v4_be(v4)
         } else {
-            srcip_common::address::Address::from_v6_be(v6)
+            $crate::sys::Address::from_v6_be(v6)
         }
     }};
 }
 
-pub(crate) use {address, field, words};
+pub use {address, field, words};

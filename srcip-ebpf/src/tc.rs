@@ -23,12 +23,12 @@ use srcip_common::{
     packet::{self, Endpoint, Header, Packet, Parsed, Segment},
     pod::{HAS_COMPANION, PASS_WHEN_PROXY_DOWN, Pod, STEER},
 };
+use srcip_ebpf::sys::{self, field, tcp_state};
 
 use crate::{
     listeners,
     maps::{self, BY_COMPANION, LISTENERS},
     sk_lookup::Lookup,
-    sys::{self, field, tcp_state},
 };
 
 /// Go on: to the next program with tcx, to the next filter with clsact.

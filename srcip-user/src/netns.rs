@@ -101,8 +101,9 @@ impl Netns {
         Self::open(&PathBuf::from(format!("/proc/{pid}/ns/net")))
     }
 
-    /// Finds a namespace by its cookie among the named ones and those of all processes.
-    pub fn find(cookie: NetnsCookie) -> Option<Self> {
+    /// All namespaces of this machine that can be reached, each once: the named ones and those of all
+    /// processes.
+    pub fn all() -> Vec<Self> {
         let named = std::fs::read_dir(NAMED).into_iter().flatten().flatten().map(|e| e.path());
         let processes = std::fs::read_dir("/proc")
             .into_iter()
@@ -115,7 +116,18 @@ impl Netns {
             .chain(processes)
             .filter_map(|path| Self::open(&path).ok())
             .filter(|netns| seen.insert(netns.id()))
-            .find(|netns| netns.cookie().is_ok_and(|found| found == cookie))
+            .collect()
+    }
+
+    /// Finds a namespace by its cookie.
+    pub fn find(cookie: NetnsCookie) -> Option<Self> {
+        Self::all().into_iter().find(|netns| netns.cookie().is_ok_and(|found| found == cookie))
+    }
+
+    /// The host's own, as far as this process can see it: that of the first process, or its own.
+    pub fn host() -> Option<Self> {
+        // In a container without the host's /proc, our own is the closest there is.
+        [1, std::process::id()].into_iter().find_map(|pid| Self::of_process(pid).ok())
     }
 
     /// The path it was opened by.
@@ -130,11 +142,7 @@ impl Netns {
 
     /// Whether it is the one that the host's first process is in.
     pub fn is_host(&self) -> bool {
-        // In a container without the host's /proc, our own is the closest there is.
-        [1, std::process::id()]
-            .into_iter()
-            .find_map(|pid| Self::of_process(pid).ok())
-            .is_some_and(|host| host.id() == self.id())
+        Self::host().is_some_and(|host| host.id() == self.id())
     }
 
     /// Its cookie. Linux 5.14.

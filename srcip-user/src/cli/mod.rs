@@ -4,6 +4,7 @@ mod attach;
 mod cleanup;
 mod detach;
 mod doctor;
+mod observe;
 mod output;
 mod status;
 
@@ -50,6 +51,8 @@ enum Verb {
     Detach(detach::Detach),
     /// Show what is attached, its listeners and counters.
     Status(status::StatusArgs),
+    /// Show connections as they come and go, with the client they come from.
+    Observe(observe::Observe),
     /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
     /// Remove all traces, also of an interrupted attach.
@@ -97,6 +100,7 @@ pub fn main() -> ExitCode {
         Verb::Attach(args) => args.run(&dataplane),
         Verb::Detach(args) => args.run(&dataplane),
         Verb::Status(args) => args.run(&dataplane),
+        Verb::Observe(args) => args.run(&dataplane),
         Verb::Doctor(args) => return args.run(),
         Verb::Cleanup(args) => args.run(&dataplane),
         Verb::Completions { shell } => {
@@ -170,7 +174,9 @@ mod tests {
     #[test]
     fn the_manual_covers_every_verb() {
         let page = String::from_utf8(manual().unwrap()).unwrap();
-        for verb in ["attach", "detach", "status", "doctor", "cleanup", "completions", "man", "version"] {
+        for verb in
+            ["attach", "detach", "status", "observe", "doctor", "cleanup", "completions", "man", "version"]
+        {
             assert!(page.contains(&format!(".SH \"SRCIP {}\"", verb.to_uppercase())), "{verb}");
         }
         assert!(page.contains("proxy\\-port"));

@@ -9,7 +9,7 @@ use super::{
     Dataplane, engine,
     error::{Error, Result},
     hooks, in_netns,
-    maps::Maps,
+    maps::{self, Maps},
     object,
     pins::{make_directory, remove_tree},
     record::{AttachSpec, EngineKind, Record, State},
@@ -133,7 +133,7 @@ impl Dataplane {
 
     fn carry_out(
         &self,
-        maps: &mut Maps,
+        handles: &mut Maps,
         node: &mut aya::Ebpf,
         spec: &AttachSpec,
         previous: Option<&Record>,
@@ -142,7 +142,7 @@ impl Dataplane {
     ) -> Result<()> {
         let cookie = record.netns_cookie;
         let netns = &spec.netns;
-        maps.store_record(record)?;
+        handles.store_record(record)?;
         if let Some(cgroup) = &record.cgroup
             && let Err(error) = hooks::ensure(&self.pins, node, cgroup)
         {
@@ -153,6 +153,14 @@ impl Dataplane {
             warnings.push(format!("the hooks cannot be attached: {error}"));
             record.cgroup = None;
         }
+        if let Some(cgroup) = &record.cgroup {
+            // Steering does not need it: a kernel that refuses it is no reason to do without.
+            let recorded = hooks::ensure_recorder(&self.pins, cgroup)
+                .and_then(|()| maps::record_pod(&self.pins, cookie, true));
+            if let Err(error) = recorded {
+                warnings.push(format!("connections are not recorded for `srcip observe --last`: {error}"));
+            }
+        }
         let route = record.route();
         let addresses = netns
             .run(|| {
@@ -161,7 +169,7 @@ impl Dataplane {
                 routing::addresses()
             })?
             .map_err(|e| in_netns(e, netns))?;
-        maps.store_addresses(cookie, &addresses)?;
+        handles.store_addresses(cookie, &addresses)?;
         let engine = record.engine.engine();
         if previous.is_some_and(|previous| previous.proxy_port != record.proxy_port) {
             engine.prepare(&self.pins, netns, record)?;
@@ -170,9 +178,9 @@ impl Dataplane {
         if record.engine == EngineKind::Tc && tc::has_companion() {
             pod.flags |= HAS_COMPANION;
         }
-        maps.store_pod(cookie, pod)?;
+        handles.store_pod(cookie, pod)?;
         // From here on connections are steered.
-        engine.attach(&self.pins, netns, record, &mut |record| maps.store_record(record))?;
+        engine.attach(&self.pins, netns, record, &mut |record| handles.store_record(record))?;
         for other in EngineKind::ALL.into_iter().filter(|kind| *kind != record.engine) {
             other.engine().detach(&self.pins, Some(netns), record)?;
         }
@@ -180,7 +188,7 @@ impl Dataplane {
             record.tc_devices.clear();
         }
         record.state = State::Attached;
-        maps.store_record(record)
+        handles.store_record(record)
     }
 
     fn check_conflicts(

@@ -20,6 +20,7 @@ use super::{
     pins::Pins,
     record::CgroupChoice,
 };
+use crate::telemetry::watch;
 
 const SOCK_OPS: &str = "srcip_sock_ops";
 const SOCK_ADDR: [&str; 4] = ["srcip_connect4", "srcip_connect6", "srcip_bind4", "srcip_bind6"];
@@ -70,6 +71,23 @@ pub fn cgroup_id(path: &Path) -> Option<u64> {
 /// Whether all hooks are attached.
 pub(super) fn are_attached(pins: &Pins) -> bool {
     SOCK_ADDR.iter().chain([&SOCK_OPS]).all(|name| pins.node().join(name).exists())
+}
+
+/// Attaches the recorder unless it is: the watching program, telling nobody, but remembering the last
+/// connections of the pods in `WATCHED`.
+pub(super) fn ensure_recorder(pins: &Pins, cgroup: &Path) -> Result<()> {
+    let pin = pins.node().join(watch::PROGRAM);
+    if pin.exists() {
+        return Ok(());
+    }
+    let mut object = watch::load_recorder(&pins.maps())?;
+    let directory = File::open(cgroup).file("open the cgroup", cgroup)?;
+    let program: &mut SockOps = object::program(&mut object, watch::PROGRAM)?;
+    program.load().map_err(|error| load_error(watch::PROGRAM, error))?;
+    let attached = program.attach(&directory, CgroupAttachMode::Single);
+    let link = attached.and_then(|id| program.take_link(id));
+    let link = link.bpf(|| attach_action(watch::PROGRAM, cgroup))?;
+    pin_link(link.try_into().bpf(|| attach_action(watch::PROGRAM, cgroup))?, &pin).map(drop)
 }
 
 /// Attaches the hooks that are not attached yet.

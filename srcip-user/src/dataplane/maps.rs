@@ -12,6 +12,7 @@ use srcip_common::{
     counters::Counters,
     keys::{AddressKey, ConnectionKey, ListenerKey, RegisteredKey},
     pod::{Pod, STEER},
+    telemetry::Event,
 };
 
 use super::{
@@ -196,6 +197,31 @@ impl Maps {
         remove_keys(&mut self.addresses, |key| key.netns == netns)?;
         tolerate_missing(self.counters.remove(&netns))?;
         remove_keys(&mut self.attachments, |key| *key == netns)
+    }
+}
+
+/// What the recorder remembers.
+pub(super) fn read_history(pins: &Pins) -> Result<Vec<Event>> {
+    let path = pins.maps().join("HISTORY");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let history: HashMap<MapData, u64, Event> = open(&path, Map::LruHashMap)?;
+    // One that is evicted while this goes on is not there any more: no error.
+    Ok(history.iter().filter_map(Result::ok).map(|(_, event)| event).collect())
+}
+
+/// Tells the recorder whether to remember a pod's connections.
+pub(super) fn record_pod(pins: &Pins, cookie: NetnsCookie, wanted: bool) -> Result<()> {
+    let path = pins.maps().join("WATCHED");
+    if !path.exists() {
+        return Ok(());
+    }
+    let mut watched: HashMap<MapData, u64, u8> = open(&path, Map::HashMap)?;
+    if wanted {
+        watched.insert(cookie.0, 1, 0).bpf(|| "write the map WATCHED".to_owned())
+    } else {
+        tolerate_missing(watched.remove(&cookie.0))
     }
 }
 

@@ -10,7 +10,7 @@ pub mod engine;
 pub mod error;
 pub mod hooks;
 pub mod maps;
-mod object;
+pub(crate) mod object;
 pub mod pins;
 pub mod record;
 mod sk_lookup;
@@ -23,6 +23,7 @@ use error::{Error, Result};
 use maps::Maps;
 use pins::Pins;
 use record::Record;
+use srcip_common::telemetry::Event;
 
 use crate::{
     netns::{Netns, NetnsError},
@@ -30,7 +31,7 @@ use crate::{
 };
 
 /// One instance of the data plane: everything below one pin path.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Dataplane {
     pins: Pins,
 }
@@ -54,6 +55,13 @@ impl Dataplane {
         let mut records = Maps::read_records(&self.pins).into_iter().collect::<Result<Vec<_>>>()?;
         records.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(records)
+    }
+
+    /// The last connections of steered pods, in no order: each with its last event.
+    pub fn history(&self) -> Result<Vec<Event>> {
+        let Some(_lock) = self.pins.lock()? else { return Ok(Vec::new()) };
+        Maps::check_layout(&self.pins)?;
+        maps::read_history(&self.pins)
     }
 
     /// The attachment of a name.

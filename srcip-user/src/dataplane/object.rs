@@ -43,7 +43,7 @@ fn log_level() -> u8 {
 }
 
 /// A program of the object, as its own type.
-pub(super) fn program<'a, P>(object: &'a mut Ebpf, name: &str) -> Result<&'a mut P>
+pub(crate) fn program<'a, P>(object: &'a mut Ebpf, name: &str) -> Result<&'a mut P>
 where
     &'a mut P: TryFrom<&'a mut Program, Error = aya::programs::ProgramError>,
 {

@@ -3,7 +3,10 @@
 use std::{fmt, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
-use srcip_common::pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER};
+use srcip_common::{
+    pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER},
+    ports::PortSet,
+};
 
 use crate::{
     netns::{Netns, NetnsCookie},
@@ -15,6 +18,10 @@ use crate::{
 /// Istio's own ports, never steered: merged telemetry and health (15020), readiness (15021), Envoy's
 /// Prometheus endpoint (15090). Kubelets and scrapers reach them directly.
 pub const ISTIO_PORTS: [u16; 3] = [15020, 15021, 15090];
+
+fn never_steered(proxy_port: u16) -> Vec<u16> {
+    [&[proxy_port], &ISTIO_PORTS[..]].concat()
+}
 
 /// A way to hand connections to the proxy's listener.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -117,7 +124,7 @@ pub struct Settings {
 impl Settings {
     /// What the programs need of them.
     pub fn pod(&self) -> Pod {
-        let own = [&[self.proxy_port], &ISTIO_PORTS[..]].concat();
+        let own = never_steered(self.proxy_port);
         let mut flags = STEER;
         if self.on_proxy_down == OnProxyDown::Pass {
             flags |= PASS_WHEN_PROXY_DOWN;
@@ -211,6 +218,17 @@ impl Record {
     /// The return route.
     pub fn route(&self) -> ReturnRoute {
         ReturnRoute { mark: self.mark, table: self.route_table }
+    }
+
+    /// The ports whose connections go to the proxy; none if it is not steered now.
+    pub fn steered_ports(&self) -> Option<PortSet> {
+        let include: PortList = self.include_inbound_ports.parse().ok()?;
+        let exclude = match self.exclude_inbound_ports.as_str() {
+            "" => PortList::none(),
+            ports => ports.parse().ok()?,
+        };
+        let own = never_steered(self.proxy_port);
+        (self.state != State::Draining).then(|| steered_ports(&include, &exclude, &own))
     }
 
     /// All return routes that may be in place.

@@ -1,0 +1,417 @@
+//! Puts the two legs of a connection together.
+//!
+//! The kernel tells of ends of connections; which upstream connection a proxy opened for which downstream
+//! connection, nobody tells. What decides:
+//!
+//! - A connection from the pod to itself, from an address that is not the pod's, is an upstream leg with
+//!   original source; it serves a downstream connection of that very client.
+//! - One from `127.0.0.6` or `::6`, or from the pod's own address to a port that its proxy serves, is an
+//!   upstream leg that hides the client; it may serve any downstream connection of the pod.
+//!
+//! If that leaves one downstream connection, the join is exact; else it is inferred, and says how.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+};
+
+use rustc_hash::FxHashMap;
+use srcip_common::telemetry::{ACTIVE, Event, LOCAL, OPEN, REMOTE};
+
+use super::{
+    record::{
+        ClosedBy, DownstreamLocal, DownstreamRemote, EventKind, Join, Leg, Origin, Record, Rule, Timestamp,
+        Totals, UpstreamHost, UpstreamLocal,
+    },
+    workload::{ProxyPorts, Workload, Workloads},
+};
+use crate::netns::NetnsCookie;
+
+/// What Istio's sidecar connects from in its default mode.
+const ISTIO_V4: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 6));
+/// The same for IPv6.
+const ISTIO_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6));
+
+/// Whether a sidecar that hides its clients connects from here.
+pub fn is_sidecar_source(ip: IpAddr) -> bool {
+    ip == ISTIO_V4 || ip == ISTIO_V6
+}
+
+/// Number of a socket; see `Event::socket`.
+type Socket = u64;
+
+/// An open connection.
+#[derive(Clone, Debug)]
+struct Open {
+    netns: NetnsCookie,
+    workload: Arc<str>,
+    leg: Leg,
+    local: SocketAddr,
+    remote: SocketAddr,
+    opened_ns: u64,
+    mark: u32,
+    /// This end connected.
+    active: bool,
+    partner: Option<Partner>,
+    /// The upstream leg's source hides the client.
+    hidden: bool,
+}
+
+/// The other leg, as far as it is known. Its addresses are kept: it may have ended by now.
+#[derive(Clone, Copy, Debug)]
+struct Partner {
+    local: SocketAddr,
+    remote: SocketAddr,
+    join: Join,
+    rule: Rule,
+}
+
+/// Open downstream connections, or upstream ones, by time: the first has waited longest.
+type ByTime = BTreeSet<(u64, Socket)>;
+
+/// Joins legs; keeps what is open and nothing else.
+#[derive(Debug, Default)]
+pub struct Joiner {
+    open: FxHashMap<Socket, Open>,
+    /// Connections into pods, by the client's address.
+    of_client: FxHashMap<(NetnsCookie, IpAddr), ByTime>,
+    /// Connections into pods that have no upstream leg yet.
+    waiting: FxHashMap<NetnsCookie, ByTime>,
+    /// How many connections into a pod are open.
+    into: FxHashMap<NetnsCookie, usize>,
+    /// Upstream legs by the client's address.
+    upstream_of_client: FxHashMap<(NetnsCookie, IpAddr), ByTime>,
+    /// Connections inside pods, from the end that connected.
+    inside: FxHashMap<(NetnsCookie, SocketAddr, SocketAddr), Socket>,
+}
+
+/// From nanoseconds since boot to nanoseconds since 1970.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// What to add.
+    pub offset_ns: u64,
+}
+
+impl Clock {
+    /// As it is now; the offset changes when somebody sets the clock.
+    pub fn now() -> Self {
+        let read = |clock| {
+            nix::time::clock_gettime(clock)
+                .map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
+        };
+        let boot = read(nix::time::ClockId::CLOCK_BOOTTIME);
+        Self { offset_ns: read(nix::time::ClockId::CLOCK_REALTIME).saturating_sub(boot) }
+    }
+
+    /// This moment, by the same clock.
+    pub fn current(self) -> Timestamp {
+        let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+        self.time(boot.map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64))
+    }
+
+    /// A moment.
+    pub fn time(self, boot_ns: u64) -> Timestamp {
+        Timestamp(boot_ns + self.offset_ns)
+    }
+}
+
+impl Joiner {
+    /// How many connections are open, as far as it knows.
+    pub fn len(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Whether none is.
+    pub fn is_empty(&self) -> bool {
+        self.open.is_empty()
+    }
+
+    /// Takes an event in; what there is to tell of it comes back. The application's end of a connection
+    /// inside the pod is not told of: its other end is.
+    pub fn event(&mut self, event: &Event, clock: Clock, workloads: &Workloads) -> Option<Record> {
+        if event.kind == OPEN { self.opened(event, clock, workloads) } else { self.closed(event, clock) }
+    }
+
+    /// Forgets connections whose end was not told of. `exists` is asked for each.
+    pub fn retain(&mut self, mut exists: impl FnMut(NetnsCookie, SocketAddr, SocketAddr) -> bool) {
+        let gone: Vec<Socket> = self
+            .open
+            .iter()
+            .filter(|(_, open)| !exists(open.netns, open.local, open.remote))
+            .map(|(socket, _)| *socket)
+            .collect();
+        for socket in gone {
+            self.forget(socket);
+        }
+    }
+
+    fn opened(&mut self, event: &Event, clock: Clock, workloads: &Workloads) -> Option<Record> {
+        let netns = NetnsCookie(event.netns);
+        let local = socket_address(event.local, event.local_port);
+        let remote = socket_address(event.remote, event.remote_port);
+        let workload = workloads.get(netns);
+        let is_own = |ip: IpAddr| ip.is_loopback() || workload.is_some_and(|w| w.addresses.contains(&ip));
+        let mut open = Open {
+            netns,
+            workload: workload.map_or_else(|| format!("netns-{netns}").into(), |w| Arc::clone(&w.name)),
+            leg: Leg::Local,
+            local,
+            remote,
+            opened_ns: event.opened_ns,
+            mark: event.mark,
+            active: event.role == ACTIVE,
+            partner: None,
+            hidden: false,
+        };
+        if event.role == ACTIVE {
+            if !is_own(remote.ip()) {
+                open.leg = Leg::Outbound;
+            } else {
+                self.inside.insert((netns, local, remote), event.socket);
+                self.classify_inside(&mut open, event.socket, workload, is_own(local.ip()));
+            }
+        } else {
+            if self.inside.contains_key(&(netns, remote, local)) {
+                return None;
+            }
+            open.leg = match workload.and_then(|w| w.proxy.as_ref()) {
+                // The other end of something inside the pod that was not told of.
+                _ if is_own(remote.ip()) => Leg::Local,
+                Some(proxy) if proxy.takes(local.port()) => Leg::Downstream,
+                _ => Leg::Direct,
+            };
+            if open.leg != Leg::Local {
+                let key = (open.opened_ns, event.socket);
+                self.of_client.entry((netns, remote.ip())).or_default().insert(key);
+                self.waiting.entry(netns).or_default().insert(key);
+                *self.into.entry(netns).or_default() += 1;
+            }
+        }
+        let record = Self::record(&open, EventKind::Open, clock.time(event.opened_ns));
+        self.open.insert(event.socket, open);
+        Some(record)
+    }
+
+    /// Tells whether a connection inside the pod is an upstream leg, and of which connection.
+    fn classify_inside(
+        &mut self,
+        open: &mut Open,
+        socket: Socket,
+        workload: Option<&Workload>,
+        own_source: bool,
+    ) {
+        let source = open.local.ip();
+        let netns = open.netns;
+        open.hidden = own_source || is_sidecar_source(source);
+        if !open.hidden {
+            open.leg = Leg::Upstream;
+            let candidates = self.of_client.get(&(netns, source));
+            let chosen = candidates.and_then(|all| self.choose(all, open));
+            self.upstream_of_client.entry((netns, source)).or_default().insert((open.opened_ns, socket));
+            self.pair(open, socket, chosen);
+            return;
+        }
+        let proxied = workload.is_some_and(|w| w.proxy.is_some());
+        if !is_sidecar_source(source) && !proxied {
+            return;
+        }
+        // From its own address, the pod also talks to itself. A proxy's connection goes where a client
+        // wanted to go.
+        let into = self.into.get(&netns).copied().unwrap_or_default();
+        let chosen = self.waiting.get(&netns).and_then(|waiting| {
+            let (_, first) = waiting.first()?;
+            let rule = if into == 1 { Rule::OnlyConnection } else { Rule::FirstWaiting };
+            Some((*first, rule))
+        });
+        let is_wanted = |socket: Socket| {
+            self.open.get(&socket).is_some_and(|d| {
+                d.local.port() == open.remote.port()
+                    || matches!(workload.and_then(|w| w.proxy.as_ref()), Some(ProxyPorts::Redirected(_)))
+            })
+        };
+        if is_sidecar_source(source) || chosen.is_some_and(|(socket, _)| is_wanted(socket)) {
+            open.leg = Leg::Upstream;
+            self.pair(open, socket, chosen);
+        }
+    }
+
+    /// Picks one of a client's connections for an upstream leg.
+    fn choose(&self, candidates: &ByTime, upstream: &Open) -> Option<(Socket, Rule)> {
+        let get = |(_, socket): &(u64, Socket)| self.open.get(socket).map(|open| (*socket, open));
+        // Same port as well: nothing else can be meant.
+        if let Some((socket, _)) = candidates.iter().filter_map(get).find(|(_, d)| d.remote == upstream.local)
+        {
+            return Some((socket, Rule::SameTuple));
+        }
+        if candidates.len() == 1 {
+            let (socket, _) = candidates.iter().find_map(get)?;
+            return Some((socket, Rule::OnlyConnectionOfClient));
+        }
+        // To where the upstream leg goes, if there is such a one; a proxy may also go elsewhere.
+        let fits = |d: &Open| d.local == upstream.remote;
+        let any_fits = candidates.iter().filter_map(get).any(|(_, d)| fits(d));
+        let fitting = || candidates.iter().filter_map(get).filter(|(_, d)| !any_fits || fits(d));
+        let mut few = fitting().take(2);
+        if let (Some((socket, _)), None) = (few.next(), few.next()) {
+            return Some((socket, Rule::OnlyConnectionOfClient));
+        }
+        let waiting = fitting().find(|(_, d)| d.partner.is_none());
+        waiting
+            .map(|(socket, _)| (socket, Rule::FirstWaiting))
+            .or_else(|| fitting().last().map(|(socket, _)| (socket, Rule::Youngest)))
+    }
+
+    /// Makes two legs partners.
+    fn pair(&mut self, upstream: &mut Open, socket: Socket, chosen: Option<(Socket, Rule)>) {
+        let Some((downstream_socket, rule)) = chosen else { return };
+        let Some(downstream) = self.open.get_mut(&downstream_socket) else { return };
+        let join = match rule {
+            Rule::SameTuple | Rule::OnlyConnectionOfClient | Rule::OnlyConnection => Join::Exact,
+            _ => Join::Inferred,
+        };
+        // What looked like the application has turned out to be a proxy.
+        downstream.leg = Leg::Downstream;
+        upstream.partner = Some(Partner { local: downstream.local, remote: downstream.remote, join, rule });
+        let (join, rule) =
+            if downstream.partner.is_some() { (Join::Inferred, Rule::Several) } else { (join, rule) };
+        downstream.partner = Some(Partner { local: upstream.local, remote: upstream.remote, join, rule });
+        let key = (downstream.opened_ns, downstream_socket);
+        if let Some(waiting) = self.waiting.get_mut(&upstream.netns) {
+            waiting.remove(&key);
+        }
+    }
+
+    fn closed(&mut self, event: &Event, clock: Clock) -> Option<Record> {
+        self.pool(event.socket);
+        let open = self.forget(event.socket)?;
+        let totals = Totals {
+            bytes_sent: event.bytes_sent,
+            bytes_received: event.bytes_received,
+            duration_ms: event.closed_ns.saturating_sub(event.opened_ns) as f64 / 1e6,
+            rtt_us: event.srtt_us,
+            retransmits: event.retransmits,
+            closed_by: match event.closed_by {
+                LOCAL => ClosedBy::Local,
+                REMOTE => ClosedBy::Remote,
+                _ => ClosedBy::Aborted,
+            },
+        };
+        let mut record = Self::record(&open, EventKind::Close, clock.time(event.closed_ns));
+        record.totals = Some(totals);
+        Some(record)
+    }
+
+    /// Gives a downstream connection that ends without an upstream leg of its own the one that it must
+    /// have shared.
+    fn pool(&mut self, socket: Socket) {
+        let Some(open) = self.open.get(&socket) else { return };
+        if open.leg != Leg::Downstream || open.partner.is_some() {
+            return;
+        }
+        let Some(legs) = self.upstream_of_client.get(&(open.netns, open.remote.ip())) else { return };
+        let upstream = legs
+            .iter()
+            .rev()
+            .filter_map(|(_, socket)| self.open.get(socket))
+            .find(|upstream| upstream.remote == open.local)
+            .map(|upstream| Partner {
+                local: upstream.local,
+                remote: upstream.remote,
+                join: Join::Inferred,
+                rule: Rule::Pooled,
+            });
+        if let Some(open) = self.open.get_mut(&socket) {
+            open.partner = upstream;
+        }
+    }
+
+    fn forget(&mut self, socket: Socket) -> Option<Open> {
+        let open = self.open.remove(&socket)?;
+        let netns = open.netns;
+        let key = (open.opened_ns, socket);
+        match open.leg {
+            Leg::Downstream | Leg::Direct => {
+                remove(&mut self.of_client, &(netns, open.remote.ip()), key);
+                remove(&mut self.waiting, &netns, key);
+                if let Some(count) = self.into.get_mut(&netns) {
+                    *count -= 1;
+                    if *count == 0 {
+                        self.into.remove(&netns);
+                    }
+                }
+            }
+            Leg::Upstream | Leg::Local => {
+                self.inside.remove(&(netns, open.local, open.remote));
+                if !open.hidden {
+                    remove(&mut self.upstream_of_client, &(netns, open.local.ip()), key);
+                }
+            }
+            Leg::Outbound => {}
+        }
+        Some(open)
+    }
+
+    fn record(open: &Open, event: EventKind, time: Timestamp) -> Record {
+        let partner = open.partner;
+        let mut record = Record {
+            time,
+            event,
+            workload: Arc::clone(&open.workload),
+            netns_cookie: open.netns,
+            leg: open.leg,
+            downstream_remote_address: None,
+            downstream_local_address: None,
+            upstream_local_address: None,
+            upstream_host: None,
+            origin: None,
+            preserved: None,
+            join: partner.map(|partner| partner.join),
+            rule: partner.map(|partner| partner.rule),
+            mark: open.mark,
+            totals: None,
+        };
+        match open.leg {
+            Leg::Downstream | Leg::Direct => {
+                record.downstream_remote_address = Some(DownstreamRemote(open.remote));
+                record.downstream_local_address = Some(DownstreamLocal(open.local));
+                record.origin = Some(Origin(open.remote));
+                record.upstream_local_address = partner.map(|p| UpstreamLocal(p.local));
+                record.upstream_host = partner.map(|p| UpstreamHost(p.remote));
+            }
+            Leg::Upstream => {
+                record.downstream_remote_address = partner.map(|p| DownstreamRemote(p.remote));
+                record.downstream_local_address = partner.map(|p| DownstreamLocal(p.local));
+                record.origin = partner.map(|p| Origin(p.remote));
+                record.upstream_local_address = Some(UpstreamLocal(open.local));
+                record.upstream_host = Some(UpstreamHost(open.remote));
+            }
+            Leg::Outbound | Leg::Local => {
+                let (from, to) =
+                    if open.active { (open.local, open.remote) } else { (open.remote, open.local) };
+                record.downstream_remote_address = Some(DownstreamRemote(from));
+                record.downstream_local_address = Some(DownstreamLocal(to));
+            }
+        }
+        record.preserved = match (record.origin, record.seen_by_application()) {
+            (Some(origin), Some(seen)) => Some(origin.ip() == seen),
+            // Whoever the client is, it did not come over loopback.
+            (None, Some(_)) if open.hidden => Some(false),
+            _ => None,
+        };
+        record
+    }
+}
+
+fn remove<K: std::hash::Hash + Eq>(map: &mut FxHashMap<K, ByTime>, key: &K, value: (u64, Socket)) {
+    if let Some(set) = map.get_mut(key) {
+        set.remove(&value);
+        if set.is_empty() {
+            map.remove(key);
+        }
+    }
+}
+
+fn socket_address(address: srcip_common::address::Address, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}

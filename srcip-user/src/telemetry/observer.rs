@@ -1,0 +1,256 @@
+//! A watch with everything around it: events in, records out.
+
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use srcip_common::telemetry::{ACTIVE, Event, NOBODY, OPEN, PASSIVE, WatchCounters};
+
+use super::{
+    join::{Clock, Joiner},
+    record::Record,
+    watch::{Scope, Watch},
+    workload::{ProxyPorts, Workloads},
+};
+use crate::{
+    dataplane::{Dataplane, error::Result},
+    netns::{Netns, NetnsCookie},
+    sockets::{TcpSocket, tcp_sockets},
+};
+
+/// How often the ring buffer is looked at. It is never waited on, so that no connection ever has to wake a
+/// reader.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How often connections whose end was not told of are looked for, if there may be any.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What to observe.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Network namespaces; all but the host's if empty.
+    pub netns: Vec<PathBuf>,
+    /// The cgroup v2 directory whose processes are seen.
+    pub cgroup: PathBuf,
+    /// Finds a pod's proxy where srcip does not steer.
+    pub find_proxy: Option<fn(&Netns) -> Option<ProxyPorts>>,
+}
+
+/// How many events there were, and what became of them: `opened` = `opened_delivered` + `opened_lost` +
+/// those still in the ring buffer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, serde::Serialize)]
+pub struct Accounting {
+    /// Connections opened, as the kernel counted.
+    pub opened: u64,
+    /// Of those, the ones read.
+    pub opened_delivered: u64,
+    /// Of those, the ones whose event did not fit into the ring buffer.
+    pub opened_lost: u64,
+    /// Connections closed, as the kernel counted.
+    pub closed: u64,
+    /// Of those, the ones read.
+    pub closed_delivered: u64,
+    /// Of those, the ones whose event did not fit into the ring buffer.
+    pub closed_lost: u64,
+    /// Connections that the kernel had no memory to follow.
+    pub untracked: u64,
+}
+
+impl Accounting {
+    /// Events that were lost.
+    pub fn lost(&self) -> u64 {
+        self.opened_lost + self.closed_lost + self.untracked
+    }
+}
+
+/// A running observation.
+#[derive(Debug)]
+pub struct Observer {
+    watch: Watch,
+    workloads: Workloads,
+    joiner: Joiner,
+    dataplane: Dataplane,
+    /// Whether pods come and go in what is observed.
+    all: bool,
+    delivered: (u64, u64),
+    /// There are connections whose end will not be told of: from before, or their event was lost.
+    has_unwatched: bool,
+    lost: u64,
+    swept: Instant,
+}
+
+impl Observer {
+    /// Starts to observe. Connections that are open already are known, but their end is not told of.
+    pub fn start(dataplane: &Dataplane, options: &Options) -> Result<Self> {
+        let mut workloads = Workloads::new(options.find_proxy);
+        let scope = if options.netns.is_empty() {
+            let host = Netns::host().and_then(|host| host.cookie().ok());
+            Scope::AllBut(host.unwrap_or(NetnsCookie(0)))
+        } else {
+            let opened = options.netns.iter().map(|path| Netns::open(path));
+            let opened = opened.collect::<Result<Vec<_>, _>>()?;
+            Scope::Only(opened.iter().filter_map(|netns| workloads.add(netns, dataplane)).collect())
+        };
+        // First the watch, then the look around: what opens in between is seen twice rather than not at all.
+        let watch = Watch::start(&scope, &options.cgroup)?;
+        let all = options.netns.is_empty();
+        if all {
+            workloads.refresh(dataplane);
+        }
+        let mut observer = Self {
+            watch,
+            workloads,
+            joiner: Joiner::default(),
+            dataplane: dataplane.clone(),
+            all,
+            delivered: (0, 0),
+            has_unwatched: false,
+            lost: 0,
+            swept: Instant::now(),
+        };
+        observer.take_in_what_is_open();
+        Ok(observer)
+    }
+
+    /// Hands over what has happened since the last time; returns how many events that were. To be called
+    /// every [`POLL_INTERVAL`].
+    pub fn poll(&mut self, mut each: impl FnMut(Record)) -> Result<usize> {
+        let Self { watch, workloads, joiner, dataplane, all, delivered, .. } = self;
+        let clock = Clock::now();
+        let count = watch.read(|event| {
+            if event.kind == OPEN {
+                delivered.0 += 1;
+                if *all && workloads.should_refresh(NetnsCookie(event.netns)) {
+                    workloads.refresh(dataplane);
+                }
+            } else {
+                delivered.1 += 1;
+            }
+            if let Some(record) = joiner.event(event, clock, workloads) {
+                each(record);
+            }
+        });
+        self.sweep()?;
+        Ok(count)
+    }
+
+    /// What became of the events.
+    pub fn accounting(&self) -> Result<Accounting> {
+        let WatchCounters { opened, opened_lost, closed, closed_lost, untracked } = self.watch.counters()?;
+        let (opened_delivered, closed_delivered) = self.delivered;
+        Ok(Accounting {
+            opened,
+            opened_delivered,
+            opened_lost,
+            closed,
+            closed_delivered,
+            closed_lost,
+            untracked,
+        })
+    }
+
+    /// The pods.
+    pub fn workloads(&self) -> &Workloads {
+        &self.workloads
+    }
+
+    /// How many connections are known to be open.
+    pub fn open_connections(&self) -> usize {
+        self.joiner.len()
+    }
+
+    /// Looks for pods again: names, addresses and attachments may have changed.
+    pub fn refresh(&mut self) {
+        if self.all {
+            self.workloads.refresh(&self.dataplane);
+        }
+    }
+
+    /// The records of what is open now, as far as it was open before this began; and takes it in.
+    fn take_in_what_is_open(&mut self) {
+        let clock = Clock::now();
+        let pods: Vec<_> = self.workloads.iter().map(|(cookie, w)| (cookie, w.netns.clone())).collect();
+        let mut number = u64::MAX;
+        for (cookie, path) in pods {
+            let sockets = sockets_of(&path);
+            let listening: HashSet<u16> =
+                sockets.iter().filter(|s| s.is_listener()).map(|s| s.local.port()).collect();
+            // Those that connected first: by them, the other end is told from a client's connection.
+            let mut events: Vec<_> = sockets
+                .iter()
+                .filter(|s| s.is_connection())
+                .map(|s| {
+                    // Numbers from the other end of the range than the kernel's.
+                    number -= 1;
+                    let role = if listening.contains(&s.local.port()) { PASSIVE } else { ACTIVE };
+                    open_event(cookie, number, s, role)
+                })
+                .collect();
+            events.sort_by_key(|event| event.role != PASSIVE);
+            let inside: HashSet<_> = events
+                .iter()
+                .filter(|event| event.role == ACTIVE)
+                .map(|event| (event.remote, event.remote_port, event.local, event.local_port))
+                .collect();
+            for event in events {
+                let ends = (event.local, event.local_port, event.remote, event.remote_port);
+                if event.role == PASSIVE && inside.contains(&ends) {
+                    continue;
+                }
+                self.has_unwatched = true;
+                self.joiner.event(&event, clock, &self.workloads);
+            }
+        }
+    }
+
+    fn sweep(&mut self) -> Result<()> {
+        if self.swept.elapsed() < SWEEP_INTERVAL {
+            return Ok(());
+        }
+        self.swept = Instant::now();
+        let lost = self.accounting()?.lost();
+        if !self.has_unwatched && lost == self.lost {
+            return Ok(());
+        }
+        self.lost = lost;
+        self.has_unwatched = false;
+        let mut open: HashSet<(NetnsCookie, SocketAddr, SocketAddr)> = HashSet::new();
+        for (cookie, workload) in self.workloads.iter() {
+            let sockets = sockets_of(&workload.netns);
+            open.extend(sockets.iter().filter(|s| s.is_connection()).map(|s| (cookie, s.local, s.remote)));
+        }
+        self.joiner.retain(|cookie, local, remote| open.contains(&(cookie, local, remote)));
+        Ok(())
+    }
+}
+
+fn sockets_of(netns: &std::path::Path) -> Vec<TcpSocket> {
+    let sockets = Netns::open(netns).ok().and_then(|netns| netns.run(tcp_sockets).ok());
+    sockets.and_then(Result::ok).unwrap_or_default()
+}
+
+fn open_event(netns: NetnsCookie, socket: u64, of: &TcpSocket, role: u8) -> Event {
+    Event {
+        netns: netns.0,
+        socket,
+        opened_ns: 0,
+        closed_ns: 0,
+        bytes_sent: 0,
+        bytes_received: 0,
+        local: of.local.ip().into(),
+        remote: of.remote.ip().into(),
+        local_port: of.local.port(),
+        remote_port: of.remote.port(),
+        srtt_us: 0,
+        retransmits: 0,
+        mark: 0,
+        kind: OPEN,
+        role,
+        closed_by: NOBODY,
+        padding: 0,
+        padding2: 0,
+    }
+}

@@ -1,0 +1,148 @@
+//! Whose connections these are: the network namespaces of a node, by cookie.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    dataplane::{Dataplane, record::Record as Attachment},
+    netns::{Netns, NetnsCookie},
+    routing,
+};
+
+/// How soon namespaces are looked for again because of one that is not known.
+const REFRESH_INTERVAL: Duration = Duration::from_millis(200);
+
+/// A pod, as far as srcip can tell.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    /// The attachment's name, or that of the network namespace.
+    pub name: Arc<str>,
+    /// Where its network namespace can be opened.
+    pub netns: PathBuf,
+    /// Its addresses.
+    pub addresses: HashSet<IpAddr>,
+    /// Its proxy, if it is known to have one.
+    pub proxy: Option<ProxyPorts>,
+    /// Whether srcip steers it.
+    pub attached: bool,
+}
+
+/// Which connections end at the proxy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ProxyPorts {
+    /// Those for these ports, which the proxy takes without changing the destination: `sk_lookup`, TPROXY.
+    Steered(Box<srcip_common::ports::PortSet>),
+    /// Those that arrive at this port, which NAT has put in place of the one the client asked for.
+    Redirected(u16),
+}
+
+impl ProxyPorts {
+    /// Whether a connection that was accepted at `port` was accepted by the proxy.
+    pub fn takes(&self, port: u16) -> bool {
+        match self {
+            Self::Steered(ports) => ports.contains(port),
+            Self::Redirected(to) => *to == port,
+        }
+    }
+}
+
+/// The pods of a node.
+#[derive(Debug, Default)]
+pub struct Workloads {
+    known: HashMap<NetnsCookie, Workload>,
+    /// Finds a pod's proxy where srcip does not steer.
+    find_proxy: Option<fn(&Netns) -> Option<ProxyPorts>>,
+    refreshed: Option<Instant>,
+}
+
+impl Workloads {
+    /// With a way to find the proxies that others have put in place.
+    pub fn new(find_proxy: Option<fn(&Netns) -> Option<ProxyPorts>>) -> Self {
+        Self { known: HashMap::new(), find_proxy, refreshed: None }
+    }
+
+    /// Looks for all network namespaces of this machine but the host's; returns the cookies of those that
+    /// were not known.
+    pub fn refresh(&mut self, dataplane: &Dataplane) -> Vec<NetnsCookie> {
+        self.refreshed = Some(Instant::now());
+        let attachments = dataplane.records().unwrap_or_default();
+        let mut found = HashMap::new();
+        let mut new = Vec::new();
+        for netns in Netns::all().into_iter().filter(|netns| !netns.is_host()) {
+            let Ok(cookie) = netns.cookie() else { continue };
+            let attachment = attachments.iter().find(|a| a.netns_cookie == cookie);
+            if !self.known.contains_key(&cookie) {
+                new.push(cookie);
+            }
+            found.insert(cookie, self.describe(&netns, cookie, attachment));
+        }
+        self.known = found;
+        new
+    }
+
+    /// The same for given namespaces only.
+    pub fn add(&mut self, netns: &Netns, dataplane: &Dataplane) -> Option<NetnsCookie> {
+        let cookie = netns.cookie().ok()?;
+        let attachments = dataplane.records().unwrap_or_default();
+        let attachment = attachments.iter().find(|a| a.netns_cookie == cookie);
+        let workload = self.describe(netns, cookie, attachment);
+        self.known.insert(cookie, workload);
+        Some(cookie)
+    }
+
+    /// Whether to look again because a namespace is not known.
+    pub fn should_refresh(&self, cookie: NetnsCookie) -> bool {
+        !self.known.contains_key(&cookie)
+            && self.refreshed.is_none_or(|last| last.elapsed() >= REFRESH_INTERVAL)
+    }
+
+    /// A pod.
+    pub fn get(&self, cookie: NetnsCookie) -> Option<&Workload> {
+        self.known.get(&cookie)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = (NetnsCookie, &Workload)> {
+        self.known.iter().map(|(cookie, workload)| (*cookie, workload))
+    }
+
+    fn describe(&self, netns: &Netns, cookie: NetnsCookie, attachment: Option<&Attachment>) -> Workload {
+        let mut addresses: HashSet<IpAddr> =
+            netns.run(routing::addresses).ok().and_then(Result::ok).unwrap_or_default().into_iter().collect();
+        // An address that has been removed may still have connections.
+        addresses.extend(self.known.get(&cookie).into_iter().flat_map(|known| &known.addresses));
+        let steered = attachment.and_then(|attachment| attachment.steered_ports());
+        let proxy = match steered {
+            Some(ports) => Some(ProxyPorts::Steered(Box::new(ports))),
+            None => match self.known.get(&cookie) {
+                // Rules do not change every second, and reading them starts processes.
+                Some(known) if !known.attached => known.proxy.clone(),
+                _ => self.find_proxy.and_then(|find| find(netns)),
+            },
+        };
+        Workload {
+            name: attachment.map_or_else(|| netns_name(netns.path()), |a| a.name.as_str().into()),
+            netns: netns.path().to_owned(),
+            addresses,
+            proxy,
+            attached: attachment.is_some(),
+        }
+    }
+}
+
+/// `/run/netns/NAME` -> `NAME`, `/proc/PID/ns/net` -> `pid-PID`.
+pub(crate) fn netns_name(path: &Path) -> Arc<str> {
+    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+    match &parts[..] {
+        [_, proc, pid, ns, net] if proc == "proc" && ns == "ns" && net == "net" => {
+            format!("pid-{pid}").into()
+        }
+        [.., last] => last.as_ref().into(),
+        [] => "".into(),
+    }
+}
