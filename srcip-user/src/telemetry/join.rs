@@ -209,7 +209,7 @@ impl Joiner {
             let candidates = self.of_client.get(&(netns, source));
             let chosen = candidates.and_then(|all| self.choose(all, open));
             self.upstream_of_client.entry((netns, source)).or_default().insert((open.opened_ns, socket));
-            self.pair(open, socket, chosen);
+            self.pair(open, chosen);
             return;
         }
         let proxied = workload.is_some_and(|w| w.proxy.is_some());
@@ -232,7 +232,7 @@ impl Joiner {
         };
         if is_sidecar_source(source) || chosen.is_some_and(|(socket, _)| is_wanted(socket)) {
             open.leg = Leg::Upstream;
-            self.pair(open, socket, chosen);
+            self.pair(open, chosen);
         }
     }
 
@@ -259,11 +259,11 @@ impl Joiner {
         let waiting = fitting().find(|(_, d)| d.partner.is_none());
         waiting
             .map(|(socket, _)| (socket, Rule::FirstWaiting))
-            .or_else(|| fitting().last().map(|(socket, _)| (socket, Rule::Youngest)))
+            .or_else(|| fitting().next_back().map(|(socket, _)| (socket, Rule::Youngest)))
     }
 
     /// Makes two legs partners.
-    fn pair(&mut self, upstream: &mut Open, socket: Socket, chosen: Option<(Socket, Rule)>) {
+    fn pair(&mut self, upstream: &mut Open, chosen: Option<(Socket, Rule)>) {
         let Some((downstream_socket, rule)) = chosen else { return };
         let Some(downstream) = self.open.get_mut(&downstream_socket) else { return };
         let join = match rule {
