@@ -18,6 +18,7 @@ mod origin;
 mod ports;
 mod proxy_down;
 mod tcp;
+mod telemetry;
 
 /// Makes a test of each function for each engine; the function takes the engine.
 macro_rules! engines {
