@@ -1,6 +1,7 @@
 //! The command line: one file per verb. Data goes to stdout, everything else to stderr.
 
 mod attach;
+mod audit;
 mod cleanup;
 mod detach;
 mod doctor;
@@ -53,6 +54,8 @@ enum Verb {
     Status(status::StatusArgs),
     /// Show connections as they come and go, with the client they come from.
     Observe(observe::Observe),
+    /// Tell which workloads do not see their clients' addresses, where they are lost, and the cure.
+    Audit(audit::AuditArgs),
     /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
     /// Remove all traces, also of an interrupted attach.
@@ -101,6 +104,10 @@ pub fn main() -> ExitCode {
         Verb::Detach(args) => args.run(&dataplane),
         Verb::Status(args) => args.run(&dataplane),
         Verb::Observe(args) => args.run(&dataplane),
+        Verb::Audit(args) => match args.run(&dataplane) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Verb::Doctor(args) => return args.run(),
         Verb::Cleanup(args) => args.run(&dataplane),
         Verb::Completions { shell } => {
@@ -174,9 +181,18 @@ mod tests {
     #[test]
     fn the_manual_covers_every_verb() {
         let page = String::from_utf8(manual().unwrap()).unwrap();
-        for verb in
-            ["attach", "detach", "status", "observe", "doctor", "cleanup", "completions", "man", "version"]
-        {
+        for verb in [
+            "attach",
+            "detach",
+            "status",
+            "observe",
+            "audit",
+            "doctor",
+            "cleanup",
+            "completions",
+            "man",
+            "version",
+        ] {
             assert!(page.contains(&format!(".SH \"SRCIP {}\"", verb.to_uppercase())), "{verb}");
         }
         assert!(page.contains("proxy\\-port"));
