@@ -115,6 +115,22 @@ impl Cause {
         }
     }
 
+    /// Whether whoever is hidden by it cannot be seen from the pod.
+    pub fn is_before_the_pod(&self) -> bool {
+        matches!(self, Self::Snat { .. } | Self::LoadBalancer { .. } | Self::Gateway { .. })
+    }
+
+    /// Whether the pod's own proxy is what hides the client.
+    pub fn is_inside_the_pod(&self) -> bool {
+        matches!(
+            self,
+            Self::SidecarRedirect { .. }
+                | Self::SidecarLoopback
+                | Self::ProxyNotTransparent
+                | Self::ProxyOwnAddress
+        )
+    }
+
     /// Whether the client's address is lost by it.
     pub fn loses(&self) -> bool {
         !matches!(self, Self::Preserved { .. } | Self::NodeItself { .. })

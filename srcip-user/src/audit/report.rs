@@ -39,6 +39,8 @@ struct Subject {
     interception: Interception,
     connections: u64,
     preserved: u64,
+    /// Clients of its proxy. One connection of that to the application may serve many.
+    downstream_clients: BTreeSet<IpAddr>,
     findings: BTreeMap<Cause, Gathered>,
 }
 
@@ -116,7 +118,7 @@ impl Audit {
     }
 
     fn count(&mut self, record: &Record, workloads: &Workloads) {
-        if !matches!(record.leg, Leg::Direct | Leg::Upstream) {
+        if !matches!(record.leg, Leg::Direct | Leg::Upstream | Leg::Downstream) {
             return;
         }
         let Some(workload) = workloads.get(record.netns_cookie) else { return };
@@ -128,8 +130,13 @@ impl Audit {
             ),
             connections: 0,
             preserved: 0,
+            downstream_clients: BTreeSet::new(),
             findings: BTreeMap::new(),
         });
+        if record.leg == Leg::Downstream {
+            note(&mut subject.downstream_clients, record.origin.map(|origin| origin.ip()));
+            return;
+        }
         let pod = self.cluster.pod(|ip| workload.addresses.contains(&ip));
         let around =
             Surroundings { workload, pod, interception: &subject.interception, cluster: &self.cluster };
@@ -146,16 +153,7 @@ impl Audit {
             _ => record.upstream_host.map(|address| address.0.port()),
         };
         for cause in causes {
-            // Whoever is hidden behind a node or a load balancer cannot be seen from here.
-            let client_is_known = matches!(
-                cause,
-                Cause::Preserved { .. }
-                    | Cause::SidecarRedirect { .. }
-                    | Cause::SidecarLoopback
-                    | Cause::ProxyNotTransparent
-                    | Cause::ProxyOwnAddress
-                    | Cause::NodeItself { .. }
-            );
+            let client_is_known = !cause.is_before_the_pod();
             let gathered = subject.findings.entry(cause).or_default();
             gathered.connections += 1;
             gathered.ports.extend(port);
@@ -170,13 +168,18 @@ impl Audit {
         let Self { cluster, subjects } = self;
         let mut workloads: Vec<_> = subjects
             .into_values()
+            .filter(|subject| !subject.findings.is_empty())
             .map(|subject| {
-                let Subject { workload, interception, connections, preserved, findings } = subject;
+                let Subject { workload, interception, connections, preserved, .. } = subject;
+                let (downstream_clients, findings) = (subject.downstream_clients, subject.findings);
                 let pod = cluster.pod(|ip| workload.addresses.contains(&ip));
                 let mut findings: Vec<_> = findings
                     .into_iter()
                     .map(|(cause, gathered)| {
-                        let Gathered { connections, ports, application_saw, clients } = gathered;
+                        let Gathered { connections, ports, application_saw, mut clients } = gathered;
+                        if cause.is_inside_the_pod() {
+                            downstream_clients.iter().for_each(|client| note(&mut clients, Some(*client)));
+                        }
                         let patient = Patient {
                             netns: &workload.netns,
                             pod,

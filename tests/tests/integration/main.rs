@@ -4,6 +4,7 @@
 
 mod scenario;
 
+mod audit;
 mod changes;
 mod cli;
 mod crash;
