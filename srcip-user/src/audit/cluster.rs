@@ -131,6 +131,11 @@ impl Cluster {
         })
     }
 
+    /// The pods that a Service leads to.
+    pub fn selected_by<'a>(&'a self, service: &'a Service) -> impl Iterator<Item = &'a Pod> {
+        self.pods.iter().filter(move |pod| selects(service, Some(pod)))
+    }
+
     /// Whether a pod takes traffic from outside: a gateway.
     pub fn is_gateway(&self, pod: &Pod) -> bool {
         self.external_services(Some(pod)).next().is_some()

@@ -3,10 +3,7 @@
 use std::{
     fmt::Write as _,
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::Ordering,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -18,10 +15,12 @@ use ipnet::IpNet;
 use super::{
     observe::{TargetArgs, parse_duration},
     output::{Format, print, print_data},
+    signals::stop_on_signal,
 };
 use crate::{
     audit::{
         cluster::Cluster,
+        cure::Step,
         netfilter::{Mode, find_proxy},
         report::{Audit, Finding, Report, WorkloadReport},
     },
@@ -135,15 +134,6 @@ fn look(observer: &mut Observer, audit: &mut Audit) -> Result<()> {
     Ok(())
 }
 
-/// Set by SIGINT and SIGTERM.
-pub(super) fn stop_on_signal() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&stop))?;
-    }
-    Ok(stop)
-}
-
 /// The report for people: a table, then what to do.
 fn text(report: &Report, wide: bool) -> String {
     let mut rows = vec![HEADER.map(str::to_owned).join("\t")];
@@ -208,7 +198,12 @@ fn explain(text: &mut String, workload: &WorkloadReport, finding: &Finding, wide
     if let Some(why) = &workload.interception.unreadable {
         let _ = writeln!(text, "  The rules in its network namespace are not known: {why}.");
     }
-    let steps = &finding.cure.steps;
+    text.push_str(&steps_text(&finding.cure.steps));
+}
+
+/// The steps of a cure, numbered if there are several.
+pub(super) fn steps_text(steps: &[Step]) -> String {
+    let mut text = String::new();
     for (i, step) in steps.iter().enumerate() {
         let number = if steps.len() > 1 { format!("{}. ", i + 1) } else { String::new() };
         let colon = if step.commands.is_empty() { "." } else { ":" };
@@ -217,4 +212,5 @@ fn explain(text: &mut String, workload: &WorkloadReport, finding: &Finding, wide
             let _ = writeln!(text, "       {command}");
         }
     }
+    text
 }

@@ -5,8 +5,10 @@ mod audit;
 mod cleanup;
 mod detach;
 mod doctor;
+mod explain;
 mod observe;
 mod output;
+mod signals;
 mod status;
 
 use std::{io, path::PathBuf, process::ExitCode};
@@ -56,6 +58,8 @@ enum Verb {
     Observe(observe::Observe),
     /// Tell which workloads do not see their clients' addresses, where they are lost, and the cure.
     Audit(audit::AuditArgs),
+    /// Explain one connection: its hops, the address at each, and where it changes.
+    Explain(explain::ExplainArgs),
     /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
     /// Remove all traces, also of an interrupted attach.
@@ -108,6 +112,7 @@ pub fn main() -> ExitCode {
             Ok(code) => return code,
             Err(error) => Err(error),
         },
+        Verb::Explain(args) => args.run(&dataplane),
         Verb::Doctor(args) => return args.run(),
         Verb::Cleanup(args) => args.run(&dataplane),
         Verb::Completions { shell } => {

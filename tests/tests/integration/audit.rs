@@ -2,15 +2,9 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Read as _},
     net::{IpAddr, SocketAddr},
-    process::Stdio,
 };
 
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use serde_json::{Value, json};
 use srcip_tests::{
     Family, client,
@@ -26,24 +20,12 @@ use srcip_tests::{
 use crate::scenario::{Engine, PORT, Scenario};
 
 /// Audits while `traffic` goes on.
-fn audit(world: &World, srcip: &Srcip, options: &str, traffic: impl FnOnce()) -> Value {
-    let arguments = format!("audit --duration 60s -o json --cgroup {} {options}", world.cgroup().display());
-    let mut command = srcip.command(&arguments);
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut stderr = BufReader::new(child.stderr.take().unwrap());
-    let mut line = String::new();
-    stderr.read_line(&mut line).unwrap();
-    if !line.starts_with("looking on") {
-        stderr.read_to_string(&mut line).unwrap();
-        panic!("srcip {arguments}: {line}");
-    }
-    traffic();
-    // What has ended by now is told of within the reader's next look.
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT).unwrap();
-    let output = child.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", output.status);
-    serde_json::from_slice(&output.stdout).unwrap()
+fn audit(srcip: &Srcip, options: &str, traffic: impl FnOnce()) -> Value {
+    let traffic = || {
+        traffic();
+        Ok(())
+    };
+    serde_json::from_str(&srcip.audit(&format!("-o json {options}"), traffic).unwrap()).unwrap()
 }
 
 /// The only finding of the workload in this namespace.
@@ -99,7 +81,7 @@ fn sidecar_redirect() {
         };
         scenario.pod.ip("-6 addr add ::6/128 dev lo nodad").unwrap();
         scenario.pod.feed(restore, ISTIO_REDIRECT).unwrap();
-        let report = audit(&scenario.world, &scenario.srcip, "", || ask_several(&scenario, family));
+        let report = audit(&scenario.srcip, "", || ask_several(&scenario, family));
         let finding = only_finding(&report, &scenario.pod);
         assert_eq!(finding["cause"], "sidecar-redirect", "{finding:#}");
         assert_eq!(finding["proxy_port"], 15006);
@@ -131,7 +113,7 @@ fn sidecar_redirect() {
             }
         }
         assert!(attached, "{finding:#}");
-        let report = audit(&scenario.world, &scenario.srcip, "", || ask_several(&scenario, family));
+        let report = audit(&scenario.srcip, "", || ask_several(&scenario, family));
         assert_clean(&report, &scenario.pod, "srcip");
     }
 }
@@ -149,7 +131,7 @@ fn sidecar_redirect_of_a_deployment() {
         "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "httpbin-5d4f", "uid": "1", "controller": true
     }]);
     let manifests = manifests(&scenario.world, &[pod]);
-    let report = audit(&scenario.world, &scenario.srcip, &manifests, || ask_several(&scenario, Family::V4));
+    let report = audit(&scenario.srcip, &manifests, || ask_several(&scenario, Family::V4));
     let commands = commands(&only_finding(&report, &scenario.pod));
     let [command] = &commands[..] else { panic!("{commands:?}") };
     let (kubectl, patch) = command.split_once(" --type merge -p ").unwrap();
@@ -270,7 +252,7 @@ impl Cluster {
 fn snat_by_kube_proxy() {
     let mut cluster = Cluster::new();
     let node_address = cluster.nodes[0].address(Family::V4);
-    let report = audit(&cluster.world, &cluster.srcip, &cluster.manifests(), || {
+    let report = audit(&cluster.srcip, &cluster.manifests(), || {
         for _ in 0..3 {
             assert_eq!(cluster.ask(0), node_address);
         }
@@ -291,7 +273,7 @@ fn snat_by_kube_proxy() {
     merge(&mut cluster.service, &patch);
     cluster.kube_proxy();
     // The load balancer follows the health check to the node with the pod.
-    let report = audit(&cluster.world, &cluster.srcip, &cluster.manifests(), || {
+    let report = audit(&cluster.srcip, &cluster.manifests(), || {
         for _ in 0..3 {
             assert_eq!(cluster.ask(1), cluster.client.address(Family::V4));
         }
@@ -306,14 +288,14 @@ fn snat_by_kube_proxy_with_flags() {
     let node_address = cluster.nodes[0].address(Family::V4);
     let traffic = || assert_eq!(cluster.ask(0), node_address);
     let options = format!("--node-address {node_address} --service web/httpbin");
-    let finding = only_finding(&audit(&cluster.world, &cluster.srcip, &options, traffic), &cluster.pod);
+    let finding = only_finding(&audit(&cluster.srcip, &options, traffic), &cluster.pod);
     assert_eq!(
         (finding["cause"].as_str(), finding["node"].as_str()),
         (Some("snat"), Some(&*node_address.to_string()))
     );
     assert!(commands(&finding)[0].starts_with("kubectl -n web patch service httpbin "));
     let options = format!("--node-address {node_address} --service web/httpbin:Local");
-    let finding = only_finding(&audit(&cluster.world, &cluster.srcip, &options, traffic), &cluster.pod);
+    let finding = only_finding(&audit(&cluster.srcip, &options, traffic), &cluster.pod);
     assert_eq!(finding["cause"], "node-itself");
 }
 
@@ -334,7 +316,7 @@ fn preserved_by_direct_routing() {
     let mut scenario = Scenario::empty(Engine::SkLookup);
     scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
     for family in Family::BOTH {
-        let report = audit(&scenario.world, &scenario.srcip, "", || ask_several(&scenario, family));
+        let report = audit(&scenario.srcip, "", || ask_several(&scenario, family));
         assert_clean(&report, &scenario.pod, "direct-routing");
         let finding = only_finding(&report, &scenario.pod);
         assert_eq!(finding["clients"], json!([scenario.client.address(family)]));
@@ -353,7 +335,7 @@ fn preserved_by_tproxy() {
     scenario.pod.feed("iptables-restore", ISTIO_TPROXY).unwrap();
     scenario.pod.ip("rule add fwmark 1337 lookup 133").unwrap();
     scenario.pod.ip("route add local default dev lo table 133").unwrap();
-    let report = audit(&scenario.world, &scenario.srcip, "", || ask_several(&scenario, Family::V4));
+    let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
     assert_clean(&report, &scenario.pod, "tproxy");
     assert_eq!(workload(&report, &scenario.pod)["interception"]["mode"], "tproxy");
 }
@@ -368,7 +350,7 @@ fn proxy_not_transparent() {
     });
     scenario.proxy = Some(proxy.unwrap());
     scenario.attach("");
-    let report = audit(&scenario.world, &scenario.srcip, "", || ask_several(&scenario, Family::V4));
+    let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
     let finding = only_finding(&report, &scenario.pod);
     assert_eq!(finding["cause"], "proxy-not-transparent", "{finding:#}");
     assert_eq!(finding["application_saw"], json!([scenario.pod.address(Family::V4)]));
@@ -386,7 +368,7 @@ fn proxy_own_address() {
     });
     scenario.proxy = Some(proxy.unwrap());
     scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
-    let report = audit(&scenario.world, &scenario.srcip, "", || ask_several(&scenario, Family::V4));
+    let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
     let finding = only_finding(&report, &scenario.pod);
     assert_eq!(finding["cause"], "proxy-own-address", "{finding:#}");
     assert_eq!(finding["application_saw"], json!([own]));
@@ -412,7 +394,7 @@ fn load_balancer_and_gateway() {
     let audit = |objects: &[Value], options: &str| {
         let manifests = manifests(&scenario.world, objects);
         let options = format!("{manifests} {options} --netns {}", scenario.pod.path().display());
-        only_finding(&audit(&scenario.world, &scenario.srcip, &options, traffic), &scenario.pod)
+        only_finding(&audit(&scenario.srcip, &options, traffic), &scenario.pod)
     };
     let flag = format!("--load-balancer {}", middle.address(Family::V4));
     let finding = audit(&[pod.clone(), service.clone()], &flag);
@@ -433,4 +415,66 @@ fn load_balancer_and_gateway() {
     let finding = audit(&[pod, gateway, ingress], "");
     assert_eq!((finding["cause"].as_str(), finding["pod"].as_str()), (Some("gateway"), Some("web/gateway")));
     assert!(finding["steps"].to_string().contains("X-Forwarded-For"), "{finding:#}");
+}
+
+/// `srcip explain` draws the hops of one connection, and marks where the address is lost.
+#[test]
+fn explain_draws_where_it_is_lost() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    let proxy = Proxy::start(&scenario.pod, Kind::EnvoyRedirect).unwrap();
+    scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
+    let to = scenario.pod.socket(Family::V4, PORT);
+    let explain = |options: &str| {
+        let mut connection = client::connect(&scenario.client, to).unwrap();
+        let seen = client::ask(&mut connection).unwrap();
+        let from = connection.local_addr().unwrap();
+        let cgroup = scenario.world.cgroup().display();
+        let text = scenario.srcip.run(&format!("explain --cgroup {cgroup} --wait 5s {options}")).unwrap();
+        (from, seen, text)
+    };
+    // The connection is open already.
+    let client = scenario.client.address(Family::V4);
+    let (from, seen, text) = explain(&format!("--from {client}"));
+    let lines: Vec<_> = text.lines().map(str::trim_end).collect();
+    assert!(lines[0].contains("client") && lines[0].ends_with(&from.to_string()), "{text}");
+    assert!(text.contains("REDIRECT to port 15006"), "{text}");
+    assert!(text.contains(&format!("connects from {}", seen.peer)), "{text}");
+    assert!(text.contains(&format!("sees {} at {to}", seen.peer)), "{text}");
+    assert_eq!(text.matches("is lost here").count(), 1, "{text}");
+    assert!(text.contains("sidecar-redirect: "), "{text}");
+
+    proxy.kill();
+    scenario.pod.sh("iptables -t nat -F PREROUTING").unwrap();
+    let _proxy = Proxy::start(&scenario.pod, Kind::Envoy).unwrap();
+    scenario.attach("");
+    let (from, seen, text) = explain(&format!("--to {to}"));
+    assert!(text.contains(&from.to_string()), "{text}");
+    assert!(text.contains("srcip steers to the proxy"), "{text}");
+    assert!(text.contains(&format!("sees {} at {to}", seen.peer)), "{text}");
+    assert!(!text.contains("is lost here") && text.contains("nothing needs doing"), "{text}");
+}
+
+/// The node in between, and what was asked for by the Service's node port.
+#[test]
+fn explain_draws_the_node_in_between() {
+    let cluster = Cluster::new();
+    let client = cluster.client.address(Family::V4);
+    let node = cluster.nodes[0].address(Family::V4);
+    let cgroup = cluster.world.cgroup().display();
+    let manifests = cluster.manifests();
+    let to = SocketAddr::new(node, 30080);
+    let mut connection = client::connect(&cluster.client, to).unwrap();
+    client::ask(&mut connection).unwrap();
+    let options = format!("--cgroup {cgroup} --wait 2s {manifests}");
+    let text = cluster.srcip.run(&format!("explain --from {client} --to {to} {options}")).unwrap();
+    assert!(text.contains("node a"), "{text}");
+    assert!(text.contains(&client.to_string()), "{text}");
+    assert!(text.contains(&format!("sees {node}:")), "{text}");
+    assert_eq!(text.matches("is lost here").count(), 1, "{text}");
+    assert!(text.contains("kubectl -n web patch service httpbin"), "{text}");
+    // Nobody connects to that port.
+    let output = cluster.srcip.output(&format!("explain --to {node}:30081 {options}")).unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no connection of a pod fits"));
 }
