@@ -4,6 +4,7 @@
 //! ratio: whatever else the machine is doing, it does to both.
 
 use std::{
+    collections::HashMap,
     io::Write as _,
     process::ExitCode,
     sync::{
@@ -46,9 +47,20 @@ struct Arguments {
     /// Connections at a time.
     #[arg(long, default_value_t = 16)]
     threads: usize,
+    /// What becomes of the records.
+    #[arg(long, value_enum, default_value = "count")]
+    records: Records,
     /// The set-ups.
     #[arg(long, value_enum, default_values = ["direct", "sidecar"])]
     setup: Vec<Setup>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Records {
+    /// They are joined and counted, as for metrics.
+    Count,
+    /// The same, and each connection's end is written as JSON, as for the access log.
+    Log,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -96,7 +108,7 @@ impl Stage {
 
     /// Connections in one measurement, and what became of the events if telemetry was on.
     fn measure(&self, arguments: &Arguments, on: bool) -> Result<(usize, Option<Accounting>)> {
-        let telemetry = on.then(|| Telemetry::start(self)).transpose()?;
+        let telemetry = on.then(|| Telemetry::start(self, arguments.records)).transpose()?;
         let to = self.pod.socket(Family::V4, APPLICATION_PORT);
         let time = Duration::from_millis(arguments.milliseconds);
         let count = peer::hammer(&self.client, to, arguments.threads, time)?;
@@ -113,7 +125,7 @@ struct Telemetry {
 }
 
 impl Telemetry {
-    fn start(stage: &Stage) -> Result<Self> {
+    fn start(stage: &Stage, records: Records) -> Result<Self> {
         // Attaching again puts the recorder back.
         let recorder = (stage.setup == Setup::Sidecar).then(|| recorder_pin(&stage.srcip));
         if recorder.is_some() {
@@ -130,10 +142,12 @@ impl Telemetry {
         let thread = std::thread::spawn(move || {
             let mut log = std::io::BufWriter::new(std::fs::File::create("/dev/null")?);
             let mut last = false;
+            let mut seen = HashMap::new();
             loop {
                 let mut written = Ok(());
                 observer.poll(|record| {
-                    if record.event == EventKind::Close {
+                    *seen.entry((record.leg, record.preserved)).or_insert(0_u64) += 1;
+                    if records == Records::Log && record.event == EventKind::Close {
                         written = serde_json::to_writer(&mut log, &record).map_err(Into::into);
                         let _ = log.write_all(b"\n");
                     }
