@@ -11,7 +11,7 @@ use srcip_common::telemetry::{ACTIVE, Event, NOBODY, OPEN, PASSIVE, WatchCounter
 
 use super::{
     join::{Clock, Joiner},
-    record::Record,
+    record::{Record, Timestamp},
     watch::{Scope, Watch},
     workload::{ProxyPorts, Workloads},
 };
@@ -70,6 +70,7 @@ impl Accounting {
 #[derive(Debug)]
 pub struct Observer {
     watch: Watch,
+    started: Timestamp,
     workloads: Workloads,
     joiner: Joiner,
     dataplane: Dataplane,
@@ -96,12 +97,14 @@ impl Observer {
         };
         // First the watch, then the look around: what opens in between is seen twice rather than not at all.
         let watch = Watch::start(&scope, &options.cgroup)?;
+        let started = Clock::now().current();
         let all = options.netns.is_empty();
         if all {
             workloads.refresh(dataplane);
         }
         let mut observer = Self {
             watch,
+            started,
             workloads,
             joiner: Joiner::default(),
             dataplane: dataplane.clone(),
@@ -150,6 +153,11 @@ impl Observer {
             closed_lost,
             untracked,
         })
+    }
+
+    /// Connections that opened after this are told of.
+    pub fn started(&self) -> Timestamp {
+        self.started
     }
 
     /// The pods.
