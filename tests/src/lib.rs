@@ -6,12 +6,14 @@
 //! - [`peer`]: the application, and clients in numbers, as processes of their own.
 //! - [`srcip`]: the command under test.
 //! - [`load`]: a steady load of new connections.
+//! - [`observe`]: a running `srcip observe`.
 //! - [`client`]: single connections from a host.
 //! - [`stale`]: removes what a run that was killed left behind.
 
 pub mod client;
 pub mod host;
 pub mod load;
+pub mod observe;
 pub mod peer;
 pub mod process;
 pub mod proxy;

@@ -74,7 +74,7 @@ impl Default for App {
             places: [place.clone(), place],
             snapshot: Snapshot::default(),
             shown: Vec::new(),
-            columns: fitting(80),
+            columns: fitting(80, 15),
             rows: 10,
         }
     }
@@ -101,7 +101,8 @@ impl App {
 
     /// There is room for `rows` lines of `width` columns.
     pub fn fit(&mut self, width: usize, rows: usize) {
-        self.columns = fitting(width);
+        let longest = self.shown.iter().map(|line| crate::text::width(&line.name)).max();
+        self.columns = fitting(width, longest.unwrap_or_default());
         self.rows = rows.max(1);
         self.scroll();
     }

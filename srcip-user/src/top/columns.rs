@@ -43,31 +43,48 @@ pub enum Column {
     Sees,
 }
 
-/// Columns with the least width they need and the most they can use; those that matter most first.
+/// Columns with the least width they need and the most they can use; those that matter most first. Headings
+/// have room for the mark of the order.
 const BY_IMPORTANCE: [(Column, usize, usize); 16] = [
     (Column::Name, 10, 39),
     (Column::Verdict, 9, 9),
-    (Column::New, 5, 5),
+    (Column::New, 6, 6),
     (Column::Open, 5, 5),
     (Column::Sees, 10, 39),
-    (Column::Total, 5, 5),
+    (Column::Total, 6, 6),
     (Column::RateIn, 5, 5),
-    (Column::RateOut, 5, 5),
+    (Column::RateOut, 6, 6),
     (Column::Rtt, 6, 6),
     (Column::Peer, 12, 39),
     (Column::Lost, 5, 5),
     (Column::BytesIn, 6, 6),
     (Column::BytesOut, 6, 6),
-    (Column::AverageRtt, 7, 7),
+    (Column::AverageRtt, 8, 8),
     (Column::Preserved, 5, 5),
-    (Column::Unknown, 7, 7),
+    (Column::Unknown, 8, 8),
 ];
 
-/// The columns that fit into `width`, with their own widths and a blank between them.
-pub fn fitting(width: usize) -> Vec<(Column, usize)> {
+/// How many of them go before a name that is written out.
+const ESSENTIAL: usize = 9;
+
+/// The columns that fit into `width`, with their own widths and a blank between them, if the longest name
+/// takes `name`.
+pub fn fitting(width: usize, name: usize) -> Vec<(Column, usize)> {
     let mut left = width + 1;
     let mut chosen = Vec::new();
-    for (column, least, most) in BY_IMPORTANCE {
+    let grow = |chosen: &mut [(Column, usize, usize)], left: &mut usize, goal: usize| {
+        for (_, has, most) in chosen {
+            let more = goal.min(*most).saturating_sub(*has).min(*left);
+            *has += more;
+            *left -= more;
+        }
+    };
+    for (i, (column, least, most)) in BY_IMPORTANCE.into_iter().enumerate() {
+        if i == ESSENTIAL {
+            // So that addresses of IPv4 fit, then those of IPv6.
+            grow(&mut chosen, &mut left, 15);
+            grow(&mut chosen[..1], &mut left, name);
+        }
         // What matters less does not take the place of what matters more.
         let Some(rest) = left.checked_sub(least + 1) else { break };
         left = rest;
@@ -76,14 +93,7 @@ pub fn fitting(width: usize) -> Vec<(Column, usize)> {
     if chosen.is_empty() {
         return vec![(Column::Name, width)];
     }
-    // Addresses get what is left: first so that those of IPv4 fit, then those of IPv6.
-    for goal in [15, 39] {
-        for (_, has, most) in &mut chosen {
-            let more = goal.min(*most).saturating_sub(*has).min(left);
-            *has += more;
-            left -= more;
-        }
-    }
+    [15, 39].into_iter().for_each(|goal| grow(&mut chosen, &mut left, goal));
     chosen.sort_by_key(|(column, ..)| *column);
     chosen.into_iter().map(|(column, width, _)| (column, width)).collect()
 }
@@ -227,19 +237,18 @@ mod tests {
 
     #[test]
     fn what_matters_most_stays() {
-        let columns = |width| fitting(width).into_iter().map(|(column, _)| column).collect::<Vec<_>>();
+        let columns = |width| fitting(width, 8).into_iter().map(|(column, _)| column).collect::<Vec<_>>();
         use Column::{Name, New, Open, RateIn, RateOut, Rtt, Sees, Total, Verdict};
         assert_eq!(columns(20), [Name, Verdict]);
         assert_eq!(columns(80), [Name, Open, New, Total, RateIn, RateOut, Rtt, Verdict, Sees]);
         assert_eq!(columns(250).len(), BY_IMPORTANCE.len());
         for width in 0..300 {
-            let columns = fitting(width);
+            let columns = fitting(width, width / 2);
             let used: usize = columns.iter().map(|(_, width)| width + 1).sum();
             assert!(used <= width + 1, "{width}: {columns:?}");
         }
         // IPv4 fits in the usual window, IPv6 in one that is a little wider.
-        let name = |width| fitting(width)[0].1;
-        assert!(name(80) >= 15, "{}", name(80));
-        assert_eq!(name(130), 39);
+        assert!(fitting(80, 15)[0].1 >= 15);
+        assert_eq!(fitting(105, 39)[0], (Name, 39));
     }
 }

@@ -170,7 +170,6 @@ fn draw_titles(frame: &mut Frame<'_>, app: &App, area: Rect, style: Styles) {
         } else {
             title.to_owned()
         };
-        // One more than the numbers below: the mark of the order may need it.
         if column.is_text() { left(&title, *width) } else { right(&title, *width) }
     });
     let line = cells.collect::<Vec<_>>().join(" ");
@@ -225,9 +224,9 @@ fn draw_foot(frame: &mut Frame<'_>, app: &App, area: Rect, style: Styles) {
         return;
     }
     let place = format!("{}/{}", (app.offset() + 1).min(app.shown().len()), app.shown().len());
-    let keys = ["q quit", "? help", "Tab table", "s sort", "r reverse", "/ filter", "p pause", "arrows move"];
+    let keys = ["q quit", "? help", "Tab table", "s sort", "r reverse", "/ filter", "p pause"];
     let mut parts: Vec<_> = keys.iter().map(|text| ((*text).to_owned(), Style::new())).collect();
-    parts.push((place, Style::new()));
+    parts.extend([(place, Style::new()), ("↑↓ move".to_owned(), Style::new())]);
     frame.render_widget(pieces(parts, area.width), area);
 }
 

@@ -66,7 +66,7 @@ fn the_usual_window() {
     has(&lines, &["CLIENT", "OPEN", "NEW/sv", "TOTAL", "IN/s", "OUT/s", "RTT", "ORIGIN", "APP SEES"]);
     has(&lines, &["10.0.0.1 ", " 6 ", "1.4", " 7 ", "300k", "1.2ms", "preserved", " 10.0.0.1"]);
     // In the middle something is left out.
-    has(&lines, &["2001:db8", "…", "5555:6666", "lost", "127.0.0.6"]);
+    has(&lines, &["2001:db", "…", "5:6666", "lost", "127.0.0.6"]);
     has(&lines[23..], &["q quit", "? help", "Tab table", "s sort", "/ filter", "1/2"]);
 }
 
