@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::{
-    fcntl::{FcntlArg, OFlag, fcntl},
+    fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
     pty::{Winsize, openpty},
     sys::{
         signal::{Signal, kill},
@@ -43,6 +43,8 @@ impl Top {
         let winsize = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         let pty = openpty(&winsize, None).unwrap();
         fcntl(&pty.master, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        // Else the window could not be closed.
+        fcntl(&pty.master, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
         let arguments = format!("top --cgroup {}", scenario.world.cgroup().display());
         let mut command = scenario.srcip.command(&arguments);
         let end = || pty.slave.try_clone().unwrap();

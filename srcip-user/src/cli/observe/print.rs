@@ -122,7 +122,7 @@ struct Columns {
 
 impl Default for Columns {
     fn default() -> Self {
-        Self { widths: [15, 5, 12, 10, 21, 21, 16] }
+        Self { widths: [15, 5, 12, 10, 21, 21, 21] }
     }
 }
 
