@@ -231,7 +231,7 @@ mod tests {
             assert!(rate(number).len() <= 5, "{number}");
         }
         let times = [None, Some(85), Some(1234), Some(99_960), Some(2_000_000), Some(u32::MAX)];
-        let texts = times.map(|us| time(us));
+        let texts = times.map(time);
         assert_eq!(texts, ["-", "85us", "1.2ms", "100ms", "2.0s", "4295.0s"].map(String::from));
     }
 

@@ -59,10 +59,12 @@ pub fn run(observer: &mut Observer, filter: &Filter, colour: bool, ending: &Endi
             Input::Gone => break,
             Input::None => {}
             // Also without anything to read: crossterm learns of a new size by a signal of its own.
-            Input::Some => match read(&mut app, &mut screen)? {
-                Some(Next::Quit) => break,
-                Some(Next::GoOn) => due = true,
-                None => {}
+            Input::Some => match read(&mut app, &mut screen) {
+                Ok(Some(Next::Quit)) => break,
+                Ok(Some(Next::GoOn)) => due = true,
+                Ok(None) => {}
+                Err(_) if is_over(ending) => break,
+                Err(error) => return Err(error).context("failed to read from the terminal"),
             },
         }
         if !due {
@@ -71,12 +73,10 @@ pub fn run(observer: &mut Observer, filter: &Filter, colour: bool, ending: &Endi
         app.surroundings.lost_events = observer.accounting()?.lost();
         app.surroundings.time = time_of_day();
         app.refresh(start.elapsed());
-        if let Err(error) = screen.draw(|frame| view::draw(frame, &mut app, colour)) {
-            // A terminal that has gone is a way to end this, and the signal that says so is on its way.
-            if wait() == Input::Gone || ending.has_come() {
-                break;
-            }
-            return Err(error).context("failed to draw on the terminal");
+        match screen.draw(|frame| view::draw(frame, &mut app, colour)) {
+            Ok(()) => {}
+            Err(_) if is_over(ending) => break,
+            Err(error) => return Err(error).context("failed to draw on the terminal"),
         }
         drawn = Some(Instant::now());
     }
@@ -100,22 +100,23 @@ fn wait() -> Input {
     }
 }
 
+/// Whether an error is but the end: the terminal has gone, or is about to.
+fn is_over(ending: &Ending) -> bool {
+    ending.has_come() || wait() == Input::Gone
+}
+
 /// Takes in what has been typed; `None` if that was nothing.
-fn read(app: &mut App, screen: &mut Screen) -> Result<Option<Next>> {
+fn read(app: &mut App, screen: &mut Screen) -> io::Result<Option<Next>> {
     let mut next = None;
-    while event::poll(Duration::ZERO).context("failed to read from the terminal")? {
+    while event::poll(Duration::ZERO)? {
         next = Some(Next::GoOn);
-        match event::read().context("failed to read from the terminal")? {
+        match event::read()? {
             Event::Key(key)
                 if key.code == KeyCode::Char('l') && key.modifiers.contains(KeyModifiers::CONTROL) =>
             {
                 screen.clear()?;
             }
-            Event::Key(key) => {
-                if keys::press(app, key) == Next::Quit {
-                    return Ok(Some(Next::Quit));
-                }
-            }
+            Event::Key(key) if keys::press(app, key) == Next::Quit => return Ok(Some(Next::Quit)),
             _ => {}
         }
     }

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IsTerminal as _, Stdout},
+    mem::ManuallyDrop,
     panic,
     sync::{
         Once,
@@ -27,7 +28,8 @@ static HOOK: Once = Once::new();
 /// The terminal, while it is ours. Dropping it gives it back; so does a panic, before it says anything.
 #[derive(Debug)]
 pub struct Screen {
-    terminal: Terminal<CrosstermBackend<Stdout>>,
+    /// Never dropped: it would complain about a terminal that has gone, on that terminal, and panic.
+    terminal: ManuallyDrop<Terminal<CrosstermBackend<Stdout>>>,
 }
 
 impl Screen {
@@ -62,7 +64,7 @@ impl Screen {
             .and_then(|()| execute!(io::stdout(), EnterAlternateScreen))
             .and_then(|()| Terminal::new(CrosstermBackend::new(io::stdout())));
         match entered {
-            Ok(terminal) => Ok(Self { terminal }),
+            Ok(terminal) => Ok(Self { terminal: ManuallyDrop::new(terminal) }),
             Err(error) => {
                 give_back();
                 Err(error).context("failed to take the terminal over; is it gone, or in the background?")
@@ -84,8 +86,6 @@ impl Screen {
 impl Drop for Screen {
     fn drop(&mut self) {
         give_back();
-        // What `Terminal` would do when dropped is done.
-        let _ = self.terminal.show_cursor();
     }
 }
 

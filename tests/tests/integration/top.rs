@@ -3,7 +3,7 @@
 use std::{
     io::ErrorKind,
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsRawFd as _, OwnedFd},
         unix::process::CommandExt as _,
     },
     process::{Child, ExitStatus},
@@ -31,7 +31,7 @@ use crate::scenario::{Engine, PORT, Scenario};
 /// `srcip top`, and the screen it draws on.
 struct Top {
     master: Option<OwnedFd>,
-    slave: OwnedFd,
+    slave: Option<OwnedFd>,
     before: Termios,
     child: Child,
     screen: vt100::Parser,
@@ -68,7 +68,7 @@ impl Top {
         Self {
             child: command.spawn().unwrap(),
             master: Some(pty.master),
-            slave: pty.slave,
+            slave: Some(pty.slave),
             before,
             screen: vt100::Parser::new(rows, columns, 0),
         }
@@ -140,11 +140,16 @@ impl Top {
         }
     }
 
+    /// Whether the terminal has other settings than at first.
+    fn is_changed(&self) -> bool {
+        tcgetattr(self.slave.as_ref().unwrap()).unwrap() != self.before
+    }
+
     /// The terminal is as it was.
     fn assert_restored(&self) {
         let screen = self.screen.screen();
         assert!(!screen.alternate_screen() && !screen.hide_cursor(), "{}", self.contents());
-        assert!(tcgetattr(self.slave.as_fd()).unwrap() == self.before);
+        assert!(!self.is_changed());
     }
 }
 
@@ -239,7 +244,7 @@ fn endings() {
         let mut top = Top::start(&scenario, USUAL, true);
         top.wait_for(&["q quit"]);
         assert_eq!(programs(cgroup).unwrap(), 1);
-        assert!(tcgetattr(top.slave.as_fd()).unwrap() != top.before);
+        assert!(top.is_changed());
         top
     };
     for keys in ["q", "\x03", "\x1b"] {
@@ -256,8 +261,9 @@ fn endings() {
         top.assert_restored();
         wait_for_programs(cgroup, 0).unwrap();
     }
-    // The window is closed.
+    // The window is closed: there is nothing any more to write to, not even an error.
     let mut top = start();
+    drop(top.slave.take());
     drop(top.master.take());
     assert_eq!(top.wait().code(), Some(0));
     wait_for_programs(cgroup, 0).unwrap();
