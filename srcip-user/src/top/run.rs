@@ -7,11 +7,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
 };
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 
 use super::{
     app::App,
@@ -108,7 +108,8 @@ fn is_over(ending: &Ending) -> bool {
 /// Takes in what has been typed; `None` if that was nothing.
 fn read(app: &mut App, screen: &mut Screen) -> io::Result<Option<Next>> {
     let mut next = None;
-    while event::poll(Duration::ZERO)? {
+    // Without any time to wait, crossterm does not even look.
+    while event::poll(Duration::from_millis(1))? {
         next = Some(Next::GoOn);
         match event::read()? {
             Event::Key(key)

@@ -229,6 +229,15 @@ fn clients_and_workloads(engine: Engine) {
         top.resize(rows, columns);
         top.wait_for(&["WORKLOAD"]);
     }
+    // A key that comes with a new size is not overlooked.
+    for i in 0..20 {
+        top.resize(24, 79 + i % 2);
+        top.press("/");
+        top.wait_for(&["/_", "Enter accepts"]);
+        top.resize(24, 80 - i % 2);
+        top.press("\x1b");
+        top.wait_for(&["q quit"]);
+    }
     top.press("q");
     assert_eq!(top.wait().code(), Some(0));
     top.assert_restored();
