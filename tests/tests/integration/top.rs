@@ -115,12 +115,13 @@ impl Top {
 
     fn resize(&mut self, rows: u16, columns: u16) {
         let winsize = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        // First: what is drawn for the old size by then is drawn anew.
+        self.pump();
+        self.screen.screen_mut().set_size(rows, columns);
         let master = self.master.as_ref().unwrap();
         // SAFETY: the descriptor is open, and the kernel reads one `winsize`.
         let result = unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const winsize) };
         assert_eq!(result, 0);
-        self.pump();
-        self.screen.screen_mut().set_size(rows, columns);
     }
 
     fn signal(&self, signal: Signal) {
