@@ -52,9 +52,8 @@ enum Verb {
     Detach(detach::Detach),
     /// Show what is attached, its listeners and counters.
     Status(status::StatusArgs),
-    /// Show connections as they come and go, with the client they come from.
+    // No text here: it would take the place of the longer one that these have themselves.
     Observe(observe::Observe),
-    /// Watch clients and workloads live: who connects, how often, and whether the application sees it.
     Top(top::Top),
     /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
