@@ -9,6 +9,7 @@
 //! - [`doctor`]: what a node can run. [`privileges`]: what srcip may do.
 //! - [`signals`]: ending on request. [`text`]: what may be printed.
 
+pub mod audit;
 pub mod cli;
 pub mod clsact;
 pub mod dataplane;

@@ -5,6 +5,7 @@
 //! - [`proxy`]: Envoy, HAProxy and nginx as distributions ship them.
 //! - [`peer`]: the application, and clients in numbers, as processes of their own.
 //! - [`srcip`]: the command under test.
+//! - [`mesh`]: rule sets of Istio and kube-proxy.
 //! - [`load`]: a steady load of new connections.
 //! - [`observe`]: a running `srcip observe`.
 //! - [`client`]: single connections from a host.
@@ -13,6 +14,7 @@
 pub mod client;
 pub mod host;
 pub mod load;
+pub mod mesh;
 pub mod observe;
 pub mod peer;
 pub mod process;

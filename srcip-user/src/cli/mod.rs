@@ -1,11 +1,14 @@
 //! The command line: one file per verb. Data goes to stdout, everything else to stderr.
 
 mod attach;
+mod audit;
 mod cleanup;
 mod detach;
 mod doctor;
+mod explain;
 mod observe;
 mod output;
+mod signals;
 mod status;
 mod top;
 
@@ -55,6 +58,10 @@ enum Verb {
     // No text here: it would take the place of the longer one that these have themselves.
     Observe(observe::Observe),
     Top(top::Top),
+    /// Tell which workloads do not see their clients' addresses, where they are lost, and the cure.
+    Audit(audit::AuditArgs),
+    /// Explain one connection: its hops, the address at each, and where it changes.
+    Explain(explain::ExplainArgs),
     /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
     /// Remove all traces, also of an interrupted attach.
@@ -104,6 +111,11 @@ pub fn main() -> ExitCode {
         Verb::Status(args) => args.run(&dataplane),
         Verb::Observe(args) => args.run(&dataplane),
         Verb::Top(args) => args.run(&dataplane),
+        Verb::Audit(args) => match args.run(&dataplane) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        Verb::Explain(args) => args.run(&dataplane),
         Verb::Doctor(args) => return args.run(),
         Verb::Cleanup(args) => args.run(&dataplane),
         Verb::Completions { shell } => {
@@ -183,6 +195,7 @@ mod tests {
             "status",
             "observe",
             "top",
+            "audit",
             "doctor",
             "cleanup",
             "completions",

@@ -4,6 +4,7 @@
 
 mod scenario;
 
+mod audit;
 mod changes;
 mod cli;
 mod crash;
@@ -18,7 +19,9 @@ mod observe;
 mod origin;
 mod ports;
 mod proxy_down;
+mod soak;
 mod tcp;
+mod telemetry;
 mod top;
 
 /// Makes a test of each function for each engine; the function takes the engine.
