@@ -5,8 +5,9 @@
 //! - [`dataplane`]: attach, detach, status; the two engines; pins.
 //! - [`netns`], [`routing`], [`sysctl`], [`sockets`]: a pod's network namespace, its return route, its
 //!   sockets.
-//! - [`telemetry`]: every connection's origin.
+//! - [`telemetry`]: every connection's origin. [`top`]: the same, live on a terminal.
 //! - [`doctor`]: what a node can run. [`privileges`]: what srcip may do.
+//! - [`signals`]: ending on request. [`text`]: what may be printed.
 
 pub mod audit;
 pub mod cli;
@@ -17,9 +18,12 @@ pub mod netns;
 pub mod ports;
 pub mod privileges;
 pub mod routing;
+pub mod signals;
 pub mod sockets;
 pub mod sysctl;
 pub mod telemetry;
+pub mod text;
+pub mod top;
 
 /// The compiled eBPF programs that steer.
 pub static EBPF_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/srcip"));

@@ -7,6 +7,7 @@
 //! - [`srcip`]: the command under test.
 //! - [`mesh`]: rule sets of Istio and kube-proxy.
 //! - [`load`]: a steady load of new connections.
+//! - [`observe`]: a running `srcip observe`.
 //! - [`client`]: single connections from a host.
 //! - [`stale`]: removes what a run that was killed left behind.
 
@@ -14,6 +15,7 @@ pub mod client;
 pub mod host;
 pub mod load;
 pub mod mesh;
+pub mod observe;
 pub mod peer;
 pub mod process;
 pub mod proxy;

@@ -10,6 +10,7 @@ mod observe;
 mod output;
 mod signals;
 mod status;
+mod top;
 
 use std::{io, path::PathBuf, process::ExitCode};
 
@@ -54,8 +55,9 @@ enum Verb {
     Detach(detach::Detach),
     /// Show what is attached, its listeners and counters.
     Status(status::StatusArgs),
-    /// Show connections as they come and go, with the client they come from.
+    // No text here: it would take the place of the longer one that these have themselves.
     Observe(observe::Observe),
+    Top(top::Top),
     /// Tell which workloads do not see their clients' addresses, where they are lost, and the cure.
     Audit(audit::AuditArgs),
     /// Explain one connection: its hops, the address at each, and where it changes.
@@ -108,6 +110,7 @@ pub fn main() -> ExitCode {
         Verb::Detach(args) => args.run(&dataplane),
         Verb::Status(args) => args.run(&dataplane),
         Verb::Observe(args) => args.run(&dataplane),
+        Verb::Top(args) => args.run(&dataplane),
         Verb::Audit(args) => match args.run(&dataplane) {
             Ok(code) => return code,
             Err(error) => Err(error),
@@ -191,6 +194,7 @@ mod tests {
             "detach",
             "status",
             "observe",
+            "top",
             "audit",
             "doctor",
             "cleanup",

@@ -1,40 +1,52 @@
 //! `srcip observe`
 
+mod pipe;
+mod print;
+
 use std::{
-    io::{self, Write as _},
     path::PathBuf,
     thread::sleep,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::Result;
-use clap::{Args, ValueEnum};
+use anyhow::{Context as _, Result};
+use clap::{ArgGroup, Args, ValueEnum};
 use ipnet::IpNet;
 
-use super::output::colour;
+use self::print::Printer;
 use crate::{
     dataplane::{Dataplane, hooks::cgroup_root},
+    netns::Netns,
+    signals::Ending,
     telemetry::{
         filter::{Filter, parse_network},
         history::history,
+        join::Clock,
         observer::{Observer, Options, POLL_INTERVAL},
-        record::{EventKind, Join, Leg, Record},
+        record::{Leg, Record, Timestamp},
+        workload::Workloads,
     },
 };
 
+/// How often it is said that events have been lost, while that goes on.
+const WARNING_INTERVAL: Duration = Duration::from_secs(1);
+
 /// Show connections as they come and go, with the client they come from.
 ///
-/// Without -f, those that are remembered of steered pods; with -f, those of all pods from now on. No agent
-/// is needed: the command loads its own watching program, which goes when the command ends.
+/// Without -f, what is remembered of the pods that srcip steers: the last 20 openings and ends, or as many
+/// as --last and --since say. With -f, what happens from now on in all pods, steered or not, until Ctrl-C;
+/// --last and --since then put what is remembered before it. The end of a connection is told of if its
+/// opening was. No agent is needed: with -f the command loads its own watching program, which goes when the
+/// command ends.
 #[derive(Debug, Args)]
 pub(super) struct Observe {
-    /// Go on, with what happens from now on.
+    /// Tell what happens from now on, until Ctrl-C or until nobody reads it any more.
     #[arg(short, long)]
     follow: bool,
-    /// Only what has happened within this time, such as 30s, 5m or 1h.
+    /// Of what is remembered, only what has happened within this time, such as 30s, 5m or 1h.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     since: Option<Duration>,
-    /// Only the last N of what is remembered [default: 20 without -f, 0 with it].
+    /// Of what is remembered, only the last N [default: 20 without -f, none with it; all with --since].
     #[arg(long, value_name = "N")]
     last: Option<usize>,
     #[command(flatten)]
@@ -51,7 +63,25 @@ pub(super) struct Observe {
 
 /// Which connections are wanted. All conditions have to hold; of one that is given several times, one.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("condition").multiple(true)
+          .args(["from", "to", "port", "pod", "leg", "lost"]))]
 pub(super) struct FilterArgs {
+    #[command(flatten)]
+    selection: SelectionArgs,
+    /// Only these legs.
+    #[arg(long, value_enum)]
+    leg: Vec<Leg>,
+    /// Only connections whose origin does not reach the application.
+    #[arg(long)]
+    lost: bool,
+    /// All but those that the other conditions describe.
+    #[arg(long, requires = "condition")]
+    not: bool,
+}
+
+/// The conditions that hold for a connection from its beginning to its end.
+#[derive(Debug, Args)]
+pub(super) struct SelectionArgs {
     /// From clients in this network, or with this address.
     #[arg(long, value_name = "CIDR", value_parser = parse_network)]
     from: Vec<IpNet>,
@@ -64,15 +94,6 @@ pub(super) struct FilterArgs {
     /// Of the pod with this name.
     #[arg(long, value_name = "NAME")]
     pod: Vec<String>,
-    /// Only these legs.
-    #[arg(long, value_enum)]
-    leg: Vec<Leg>,
-    /// Only connections whose origin does not reach the application.
-    #[arg(long)]
-    lost: bool,
-    /// All but those.
-    #[arg(long)]
-    not: bool,
 }
 
 /// What to look at.
@@ -102,10 +123,17 @@ impl TargetArgs {
     }
 }
 
+impl From<SelectionArgs> for Filter {
+    fn from(args: SelectionArgs) -> Self {
+        let SelectionArgs { from, to, port, pod } = args;
+        Self { from, to, ports: port, workloads: pod, ..Self::default() }
+    }
+}
+
 impl From<FilterArgs> for Filter {
     fn from(args: FilterArgs) -> Self {
-        let FilterArgs { from, to, port, pod, leg, lost, not } = args;
-        Self { from, to, ports: port, workloads: pod, legs: leg, lost, not }
+        let FilterArgs { selection, leg, lost, not } = args;
+        Self { legs: leg, lost, not, ..selection.into() }
     }
 }
 
@@ -122,51 +150,107 @@ enum Format {
 impl Observe {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         crate::privileges::require("observe")?;
+        let ending = Ending::watch().context("failed to catch signals")?;
         let filter = Filter::from(self.filter);
-        let mut printer = Printer::new(self.output, !self.no_headers);
-        // Started before the past is read, so that nothing falls in between.
-        let mut observer = Observer::start(dataplane, &self.target.options()?)?;
-        let asked_for_past = self.since.is_some() || self.last.is_some();
-        if asked_for_past || !self.follow {
-            let last = self.last.unwrap_or(if self.since.is_some() { usize::MAX } else { 20 });
-            let mut past = history(dataplane, observer.workloads())?;
-            past.retain(|record| filter.wants(record));
-            if let Some(since) = self.since {
-                let now = crate::telemetry::join::Clock::now().current();
-                past.retain(|record| now.0.saturating_sub(record.time.0) <= since.as_nanos() as u64);
+        let mut printer = Printer::new(self.output, !self.no_headers, ending.clone());
+        let past = Past { since: self.since, last: self.last, netns: &self.target.netns };
+        if self.follow {
+            // Started before the past is read, so that nothing falls in between.
+            let observer = Observer::start(dataplane, &self.target.options()?)?;
+            if self.since.is_some() || self.last.is_some() {
+                let until = Some(observer.started());
+                let records = past.records(dataplane, &filter, observer.workloads(), until)?;
+                records.iter().for_each(|record| printer.print(record));
             }
-            for record in &past[past.len().saturating_sub(last)..] {
-                printer.print(record);
-            }
-            if past.is_empty() && !self.follow {
+            follow(observer, &filter, &mut printer, &ending)?;
+        } else {
+            let workloads = past.workloads(dataplane)?;
+            let records = past.records(dataplane, &filter, &workloads, None)?;
+            records.iter().for_each(|record| printer.print(record));
+            if records.is_empty() {
                 eprintln!(
                     "nothing is remembered that fits; `srcip observe -f` shows what happens from now on"
                 );
             }
         }
-        if !self.follow {
-            return printer.finish();
-        }
-        let mut lost = 0;
-        while !printer.closed {
-            observer.poll(|record| {
-                if filter.wants(&record) {
-                    printer.print(&record);
-                }
-            })?;
-            printer.flush();
-            let now = observer.accounting()?.lost();
-            if now != lost {
-                eprintln!("warning: {} events were lost: this reader is too slow", now - lost);
-                lost = now;
-            }
-            if !printer.closed {
-                printer.check();
-                sleep(POLL_INTERVAL);
-            }
-        }
         printer.finish()
     }
+}
+
+/// Tells what happens until it is asked to end, or until nobody reads it any more.
+fn follow(mut observer: Observer, filter: &Filter, printer: &mut Printer, ending: &Ending) -> Result<()> {
+    let mut lost = 0;
+    let mut warned: Option<Instant> = None;
+    loop {
+        // Once more after the signal: what came before it is told.
+        let last = ending.has_come();
+        observer.poll(|record| {
+            if filter.wants(&record) {
+                printer.print(&record);
+            }
+        })?;
+        printer.flush();
+        let now = observer.accounting()?.lost();
+        if now != lost && (last || warned.is_none_or(|warned| warned.elapsed() >= WARNING_INTERVAL)) {
+            eprintln!("warning: {} events were lost: this reader is too slow", now - lost);
+            lost = now;
+            warned = Some(Instant::now());
+        }
+        if last || printer.is_closed() {
+            return Ok(());
+        }
+        sleep(POLL_INTERVAL);
+    }
+}
+
+/// What is wanted of what is remembered.
+struct Past<'a> {
+    since: Option<Duration>,
+    last: Option<usize>,
+    netns: &'a [PathBuf],
+}
+
+impl Past<'_> {
+    /// The pods, for who does not observe.
+    fn workloads(&self, dataplane: &Dataplane) -> Result<Workloads> {
+        let mut workloads = Workloads::new(None);
+        if self.netns.is_empty() {
+            workloads.refresh(dataplane);
+        }
+        for path in self.netns {
+            workloads.add(&Netns::open(path)?, dataplane);
+        }
+        Ok(workloads)
+    }
+
+    /// Records of connections, oldest first; only of those that opened before `until`.
+    fn records(
+        &self,
+        dataplane: &Dataplane,
+        filter: &Filter,
+        workloads: &Workloads,
+        until: Option<Timestamp>,
+    ) -> Result<Vec<Record>> {
+        let mut records = history(dataplane, workloads)?;
+        // The recorder knows all steered pods of this node.
+        records.retain(|record| {
+            (self.netns.is_empty() || workloads.get(record.netns_cookie).is_some())
+                && until.is_none_or(|until| opened(record) <= until)
+                && filter.wants(record)
+        });
+        if let Some(since) = self.since {
+            let now = Clock::now().current();
+            records.retain(|record| u128::from(now.0.saturating_sub(record.time.0)) <= since.as_nanos());
+        }
+        let last = self.last.unwrap_or(if self.since.is_some() { usize::MAX } else { 20 });
+        Ok(records.split_off(records.len().saturating_sub(last)))
+    }
+}
+
+/// When a record's connection opened.
+fn opened(record: &Record) -> Timestamp {
+    let lasted = record.totals.map_or(0.0, |totals| totals.duration_ms * 1e6);
+    Timestamp(record.time.0.saturating_sub(lasted as u64))
 }
 
 /// `30s`, `5m`, `1h`, `2d`; a bare number is seconds.
@@ -183,173 +267,6 @@ pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
         Some(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
         _ => Err(format!("{text:?} is not a time: expected a number with s, m, h or d, such as 30s or 5m")),
     }
-}
-
-/// Prints records to stdout, in whole lines.
-struct Printer {
-    out: io::BufWriter<io::Stdout>,
-    format: Format,
-    colour: bool,
-    header: bool,
-    /// The reader has seen enough (`srcip observe | head`): no error.
-    closed: bool,
-    error: Option<io::Error>,
-}
-
-impl Printer {
-    fn new(format: Format, header: bool) -> Self {
-        Self {
-            out: io::BufWriter::with_capacity(64 * 1024, io::stdout()),
-            format,
-            colour: colour(&io::stdout()),
-            header: header && format == Format::Table,
-            closed: false,
-            error: None,
-        }
-    }
-
-    fn print(&mut self, record: &Record) {
-        if self.closed {
-            return;
-        }
-        if std::mem::take(&mut self.header) {
-            let written = writeln!(self.out, "{}", table_header());
-            self.note(written);
-        }
-        let written = match self.format {
-            Format::Json => serde_json::to_writer(&mut self.out, record)
-                .map_err(io::Error::from)
-                .and_then(|()| self.out.write_all(b"\n")),
-            Format::Compact => writeln!(self.out, "{}", compact(record, self.colour)),
-            Format::Table => writeln!(self.out, "{}", table_row(record)),
-        };
-        self.note(written);
-    }
-
-    fn flush(&mut self) {
-        let flushed = self.out.flush();
-        self.note(flushed);
-    }
-
-    /// Notices a reader that has gone while there is nothing to write.
-    fn check(&mut self) {
-        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-        use std::os::fd::AsFd as _;
-        let stdout = io::stdout();
-        let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
-        if poll(&mut fds, PollTimeout::ZERO).is_ok()
-            && fds[0]
-                .revents()
-                .is_some_and(|events| events.intersects(PollFlags::POLLERR | PollFlags::POLLNVAL))
-        {
-            self.closed = true;
-        }
-    }
-
-    fn note(&mut self, result: io::Result<()>) {
-        if let Err(error) = result {
-            self.closed = true;
-            if error.kind() != io::ErrorKind::BrokenPipe {
-                self.error = Some(error);
-            }
-        }
-    }
-
-    fn finish(mut self) -> Result<()> {
-        if !self.closed {
-            self.flush();
-        }
-        // What could not be written is not tried again.
-        let (_, _) = self.out.into_parts();
-        self.error.map_or(Ok(()), |error| Err(error.into()))
-    }
-}
-
-fn verdict(record: &Record) -> &'static str {
-    match record.preserved {
-        Some(true) => "preserved",
-        Some(false) => "lost",
-        None => "",
-    }
-}
-
-fn or_dash<T: ToString>(value: Option<T>) -> String {
-    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
-}
-
-/// `12:00:01.123456 open  httpbin  upstream  10.0.0.1:40000 -> 10.0.0.2:8000  application sees …`
-fn compact(record: &Record, colour: bool) -> String {
-    let time = record.time.to_string();
-    let time = time.split_once('T').map_or(time.as_str(), |(_, time)| time.trim_end_matches('Z'));
-    let event = match record.event {
-        EventKind::Open => "open ",
-        EventKind::Close => "close",
-    };
-    let mut line = format!(
-        "{time} {event} {} {:<10} {} -> {}",
-        record.workload,
-        record.leg,
-        or_dash(record.downstream_remote_address),
-        or_dash(record.downstream_local_address),
-    );
-    if record.leg == Leg::Upstream || record.upstream_local_address.is_some() {
-        line.push_str(&format!(
-            " => {} -> {}",
-            or_dash(record.upstream_local_address),
-            or_dash(record.upstream_host)
-        ));
-    }
-    if let Some(totals) = &record.totals {
-        line.push_str(&format!(
-            " {} B sent, {} B received, {:.1} ms, rtt {} us",
-            totals.bytes_sent, totals.bytes_received, totals.duration_ms, totals.rtt_us
-        ));
-    }
-    let verdict = verdict(record);
-    if !verdict.is_empty() {
-        let code = if verdict == "lost" { "31" } else { "32" };
-        line.push_str(&if colour { format!(" \x1b[{code}m{verdict}\x1b[0m") } else { format!(" {verdict}") });
-    }
-    if record.join == Some(Join::Inferred) {
-        line.push_str(" (inferred)");
-    }
-    line
-}
-
-fn table_header() -> String {
-    columns(
-        ["TIME", "EVENT", "POD", "LEG", "ORIGIN", "DESTINATION", "APPLICATION SEES", "VERDICT"]
-            .map(String::from),
-    )
-}
-
-fn table_row(record: &Record) -> String {
-    let time = record.time.to_string();
-    let sees = match record.leg {
-        Leg::Direct => record.downstream_remote_address.map(|a| a.0),
-        _ => record.upstream_local_address.map(|a| a.0),
-    };
-    columns([
-        time.split_once('T').map_or(time.clone(), |(_, time)| time.trim_end_matches('Z').to_owned()),
-        format!("{:?}", record.event).to_lowercase(),
-        record.workload.to_string(),
-        record.leg.to_string(),
-        or_dash(record.origin.map(|a| a.0).or(record.downstream_remote_address.map(|a| a.0))),
-        or_dash(record.downstream_local_address.map(|a| a.0).or(record.upstream_host.map(|a| a.0))),
-        or_dash(sees),
-        match (verdict(record), record.join) {
-            (verdict, Some(Join::Inferred)) => format!("{verdict} (inferred)"),
-            (verdict, _) => verdict.to_owned(),
-        },
-    ])
-}
-
-/// Lines come one at a time, so the columns have fixed widths; what is longer pushes the rest along.
-fn columns([time, event, pod, leg, origin, destination, sees, verdict]: [String; 8]) -> String {
-    let line = format!(
-        "{time:<15} {event:<5} {pod:<16} {leg:<10} {origin:<21} {destination:<21} {sees:<21} {verdict}"
-    );
-    line.trim_end().to_owned()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use srcip_common::telemetry::{ACTIVE, Event, NOBODY, OPEN, PASSIVE, WatchCounter
 
 use super::{
     join::{Clock, Joiner},
-    record::Record,
+    record::{Record, Timestamp},
     watch::{Scope, Watch},
     workload::{ProxyPorts, Workloads},
 };
@@ -68,6 +68,7 @@ impl Accounting {
 #[derive(Debug)]
 pub struct Observer {
     watch: Watch,
+    started: Timestamp,
     workloads: Workloads,
     joiner: Joiner,
     dataplane: Dataplane,
@@ -94,12 +95,14 @@ impl Observer {
         };
         // First the watch, then the look around: what opens in between is seen twice rather than not at all.
         let watch = Watch::start(&scope, &options.cgroup)?;
+        let started = Clock::now().current();
         let all = options.netns.is_empty();
         if all {
             workloads.refresh(dataplane);
         }
         let mut observer = Self {
             watch,
+            started,
             workloads,
             joiner: Joiner::default(),
             dataplane: dataplane.clone(),
@@ -141,6 +144,11 @@ impl Observer {
         let WatchCounters { opened, opened_lost, closed, closed_lost } = self.watch.counters()?;
         let (opened_delivered, closed_delivered) = self.delivered;
         Ok(Accounting { opened, opened_delivered, opened_lost, closed, closed_delivered, closed_lost })
+    }
+
+    /// Connections that opened after this are told of.
+    pub fn started(&self) -> Timestamp {
+        self.started
     }
 
     /// The pods.

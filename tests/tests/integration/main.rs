@@ -15,12 +15,14 @@ mod listeners;
 mod loopback;
 mod mirror;
 mod neighbours;
+mod observe;
 mod origin;
 mod ports;
 mod proxy_down;
 mod soak;
 mod tcp;
 mod telemetry;
+mod top;
 
 /// Makes a test of each function for each engine; the function takes the engine.
 macro_rules! engines {

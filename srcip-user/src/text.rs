@@ -1,0 +1,99 @@
+//! Text from elsewhere, made fit to be shown: names of pods and namespaces come from whoever made them.
+
+use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
+
+/// Stands for what is not printed.
+const REPLACEMENT: char = '\u{fffd}';
+
+/// Stands for what has been left out.
+const ELLIPSIS: char = '…';
+
+/// Whether a character does something to a terminal other than appear: control characters, and those that
+/// change the direction of the text around them or cannot be seen.
+pub fn is_unprintable(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' |
+                       '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+}
+
+/// The text without what [`is_unprintable`].
+pub fn printable(text: &str) -> String {
+    text.chars().map(|c| if is_unprintable(c) { REPLACEMENT } else { c }).collect()
+}
+
+/// How many columns of a terminal a text takes.
+pub fn width(text: &str) -> usize {
+    text.width()
+}
+
+/// A text in no more than `columns`: what does not fit is left out in the middle, because addresses and
+/// the names of pods differ at their ends.
+pub fn elide(text: &str, columns: usize) -> String {
+    if text.width() <= columns {
+        return text.to_owned();
+    }
+    let room = columns.saturating_sub(1);
+    let head = take(text.chars(), room.div_ceil(2));
+    let tail: Vec<char> = take(text.chars().rev(), room - room.div_ceil(2));
+    let ellipsis = (columns > 0).then_some(ELLIPSIS);
+    head.into_iter().chain(ellipsis).chain(tail.into_iter().rev()).collect()
+}
+
+/// As many characters as fit into `columns`.
+fn take(characters: impl Iterator<Item = char>, columns: usize) -> Vec<char> {
+    let mut left = columns;
+    characters
+        .map_while(|c| {
+            left = left.checked_sub(c.width().unwrap_or_default())?;
+            Some(c)
+        })
+        .collect()
+}
+
+/// A text in exactly `columns`, on the left.
+pub fn left(text: &str, columns: usize) -> String {
+    let text = elide(text, columns);
+    let padding = columns.saturating_sub(text.width());
+    text + &" ".repeat(padding)
+}
+
+/// A text in exactly `columns`, on the right.
+pub fn right(text: &str, columns: usize) -> String {
+    let text = elide(text, columns);
+    " ".repeat(columns.saturating_sub(text.width())) + &text
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_terminals_obey_is_not_printed() {
+        assert_eq!(
+            printable("web\x1b[2J\r\n\u{9b}31m\u{202e}"),
+            "web\u{fffd}[2J\u{fffd}\u{fffd}\u{fffd}31m\u{fffd}"
+        );
+        assert_eq!(printable("größe-名前"), "größe-名前");
+    }
+
+    #[test]
+    fn the_ends_stay() {
+        assert_eq!(elide("fd13:37::1:1", 12), "fd13:37::1:1");
+        assert_eq!(elide("2001:db8:1:2:3:4:5:6", 11), "2001:…4:5:6");
+        assert_eq!(elide("名前名前", 5), "名…前");
+        assert_eq!((elide("abc", 1), elide("abc", 0)), ("…".to_owned(), String::new()));
+        assert_eq!((left("ab", 4), right("ab", 4)), ("ab  ".to_owned(), "  ab".to_owned()));
+    }
+
+    proptest! {
+        #[test]
+        fn columns_are_kept(text: String, columns in 0_usize..50) {
+            let text = printable(&text);
+            prop_assert!(width(&elide(&text, columns)) <= columns);
+            prop_assert_eq!(width(&left(&text, columns)), columns);
+            prop_assert!(!printable(&text).contains(char::is_control));
+        }
+    }
+}
