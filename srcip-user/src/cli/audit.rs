@@ -3,7 +3,6 @@
 use std::{
     fmt::Write as _,
     path::PathBuf,
-    sync::atomic::Ordering,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -15,7 +14,6 @@ use ipnet::IpNet;
 use super::{
     observe::{TargetArgs, parse_duration},
     output::{Format, print, print_data},
-    signals::stop_on_signal,
 };
 use crate::{
     audit::{
@@ -26,6 +24,7 @@ use crate::{
         report::{Audit, Finding, Report, WorkloadReport},
     },
     dataplane::Dataplane,
+    signals::Ending,
     telemetry::{
         filter::parse_network,
         observer::{Observer, POLL_INTERVAL},
@@ -96,10 +95,10 @@ impl AuditArgs {
         options.find_proxy = Some(find_proxy);
         let mut observer = Observer::start(dataplane, &options)?;
         let mut audit = Audit::new(cluster);
-        let stop = stop_on_signal()?;
+        let ending = Ending::watch()?;
         eprintln!("looking on for {} s (Ctrl-C ends it earlier)", self.duration.as_secs());
         let end = Instant::now() + self.duration;
-        while Instant::now() < end && !stop.load(Ordering::Relaxed) {
+        while Instant::now() < end && !ending.has_come() {
             sleep(POLL_INTERVAL);
             look(&mut observer, &mut audit)?;
         }

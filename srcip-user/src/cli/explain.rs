@@ -1,7 +1,6 @@
 //! `srcip explain`
 
 use std::{
-    sync::atomic::Ordering,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -13,7 +12,6 @@ use super::{
     audit::{ClusterArgs, steps_text},
     observe::{TargetArgs, parse_duration},
     output::{Format, print, print_data},
-    signals::stop_on_signal,
 };
 use crate::{
     audit::{
@@ -24,6 +22,7 @@ use crate::{
     },
     dataplane::Dataplane,
     netns::Netns,
+    signals::Ending,
     telemetry::{
         history::history,
         observer::{Observer, POLL_INTERVAL},
@@ -92,13 +91,13 @@ impl ExplainArgs {
         let mut best = Best { from: self.from, to: self.to, cluster: &cluster, found: None };
         history(dataplane, observer.workloads())?.into_iter().for_each(|record| best.consider(record));
         observer.open_records().into_iter().for_each(|record| best.consider(record));
-        let stop = stop_on_signal()?;
+        let ending = Ending::watch()?;
         if best.found.is_none() {
             eprintln!("no connection fits so far; waiting for one for {} s", self.wait.as_secs());
         }
         let mut end = Instant::now() + self.wait;
         let mut waits_for_second_leg = false;
-        while !best.is_settled() && Instant::now() < end && !stop.load(Ordering::Relaxed) {
+        while !best.is_settled() && Instant::now() < end && !ending.has_come() {
             if best.found.is_some() && !waits_for_second_leg {
                 waits_for_second_leg = true;
                 end = end.min(Instant::now() + SECOND_LEG);

@@ -8,7 +8,6 @@ mod doctor;
 mod explain;
 mod observe;
 mod output;
-mod signals;
 mod status;
 mod top;
 
@@ -49,22 +48,15 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Steer a pod's inbound connections to its proxy, or change how that is done.
     Attach(attach::Attach),
-    /// Stop steering and leave nothing behind.
     Detach(detach::Detach),
-    /// Show what is attached, its listeners and counters.
     Status(status::StatusArgs),
     // No text here: it would take the place of the longer one that these have themselves.
     Observe(observe::Observe),
     Top(top::Top),
-    /// Tell which workloads do not see their clients' addresses, where they are lost, and the cure.
     Audit(audit::AuditArgs),
-    /// Explain one connection: its hops, the address at each, and where it changes.
     Explain(explain::ExplainArgs),
-    /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
-    /// Remove all traces, also of an interrupted attach.
     Cleanup(cleanup::Cleanup),
     /// Print a completion script for a shell.
     Completions {
