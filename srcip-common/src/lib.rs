@@ -20,7 +20,7 @@ pub mod telemetry;
 
 /// Layout of the pinned maps. Raised whenever the key or value of a pinned map changes shape, so that
 /// one version of srcip never misreads what another one left in the kernel.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Says which types may be copied to and from a map byte by byte.
 macro_rules! map_types {

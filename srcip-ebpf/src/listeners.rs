@@ -20,6 +20,9 @@ pub fn assign(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool
 #[inline(always)]
 fn assign_from(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool {
     let mut key = ListenerKey { netns, port, family, slot: 0 };
+    if !maps::has_listened(key) {
+        return false;
+    }
     while key.slot < LISTENER_SLOTS {
         if LISTENERS.redirect_sk_lookup(ctx, key, 0).is_ok() {
             return true;
@@ -49,6 +52,8 @@ pub fn register(
         return false;
     }
     let mut key = ListenerKey { netns, port, family, slot: 0 };
+    // Before the slot is taken: nobody may find it taken and not look.
+    maps::note_listened(key);
     while key.slot < LISTENER_SLOTS {
         if update(key) {
             return true;

@@ -54,6 +54,11 @@ static ADDRESSES: HashMap<AddressKey, u8> = HashMap::pinned(16384, BPF_F_NO_PREA
 #[map]
 pub static LISTENERS: SockHash<ListenerKey> = SockHash::pinned(16384, 0);
 
+/// Under the key of its first slot: whether a pod has ever had a listener of this port and family. If not,
+/// no slot need be looked at.
+#[map]
+static LISTENED: HashMap<ListenerKey, u8> = HashMap::pinned(16384, BPF_F_NO_PREALLOC);
+
 /// Which listeners have a slot.
 #[map]
 pub static REGISTERED: LruHashMap<RegisteredKey, u8> = LruHashMap::pinned(16384, 0);
@@ -108,6 +113,18 @@ pub fn own_netns() -> u64 {
 #[inline(always)]
 pub fn wanted_port() -> u16 {
     PROXY_PORT.load()
+}
+
+/// Whether this pod has ever had a listener of this port and family.
+#[inline(always)]
+pub fn has_listened(key: ListenerKey) -> bool {
+    LISTENED.get_ptr(ListenerKey { slot: 0, ..key }).is_some()
+}
+
+/// Notes that a listener has a slot.
+#[inline(always)]
+pub fn note_listened(key: ListenerKey) {
+    let _ = LISTENED.insert(ListenerKey { slot: 0, ..key }, 1, 0);
 }
 
 /// The pod with this netns cookie, if it is steered.

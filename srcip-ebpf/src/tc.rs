@@ -156,6 +156,7 @@ fn hand_over_at(ctx: &TcContext, listener: Endpoint, packet: &Handover) -> bool 
                 family,
                 slot: LISTENER_SLOTS - 1,
             };
+            maps::note_listened(key);
             let _ = sys::store_socket(&LISTENERS, &key, socket, BPF_NOEXIST.into());
             *has_companion && BY_COMPANION.insert(connection, 1, 0).is_ok()
         };

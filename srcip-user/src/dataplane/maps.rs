@@ -33,6 +33,7 @@ pub struct Maps {
     addresses: HashMap<MapData, AddressKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
     by_companion: HashMap<MapData, ConnectionKey, u8>,
+    listened: HashMap<MapData, ListenerKey, u8>,
     registered: HashMap<MapData, RegisteredKey, u8>,
     pending: HashMap<MapData, ConnectionKey, u64>,
 }
@@ -80,6 +81,7 @@ impl Maps {
             addresses: open(&maps.join("ADDRESSES"), Map::HashMap)?,
             listeners: open(&maps.join("LISTENERS"), Map::SockHash)?,
             by_companion: open(&maps.join("BY_COMPANION"), Map::LruHashMap)?,
+            listened: open(&maps.join("LISTENED"), Map::HashMap)?,
             registered: open(&maps.join("REGISTERED"), Map::LruHashMap)?,
             pending: open(&maps.join("PENDING"), Map::LruHashMap)?,
         })
@@ -192,6 +194,7 @@ impl Maps {
         remove_keys(&mut self.pods, |key| *key == netns)?;
         remove_sockets(&mut self.listeners, |key| key.netns == netns)?;
         remove_keys(&mut self.by_companion, |key| key.netns == netns)?;
+        remove_keys(&mut self.listened, |key| key.netns == netns)?;
         remove_keys(&mut self.registered, |key| key.netns == netns)?;
         remove_keys(&mut self.pending, |key| key.netns == netns)?;
         remove_keys(&mut self.addresses, |key| key.netns == netns)?;

@@ -74,12 +74,11 @@ fn a_million_connections() {
         assert_eq!(result.errors, Vec::<String>::new());
         opened += result.good;
     }
-    let full = memory(&observe);
     let maps = map_memory(&observe);
     assert!(maps > 8 << 20, "the ring buffer alone has more: {maps}");
 
     let per_visitor = 50_000;
-    let mut peak = full;
+    let mut samples = Vec::new();
     while opened < TOTAL {
         assert!(started.elapsed() < Duration::from_secs(900), "{opened} connections in 15 minutes");
         let results: Vec<_> = std::thread::scope(|scope| {
@@ -96,11 +95,13 @@ fn a_million_connections() {
             assert_eq!(result.errors, Vec::<String>::new());
             opened += result.good;
         }
-        peak = peak.max(memory(&observe));
+        samples.push(memory(&observe));
     }
     const { assert!(HELD + VISITORS * 40 <= CONCURRENT) };
-    println!("{opened} connections; own memory {full} kB when {HELD} were open, {peak} kB at most after");
-    assert!(peak < full + full / 10 + 1024, "{full} kB grew to {peak} kB");
+    // The first visitors may still make a hash table double that the held connections have filled.
+    let (first, rest) = samples.split_first().unwrap();
+    println!("{opened} connections; own memory in kB after each 100,000: {samples:?}");
+    assert!(rest.len() >= 7 && rest.iter().all(|kilobytes| *kilobytes < first + first / 20), "{samples:?}");
     assert_eq!(map_memory(&observe), maps);
     for holders in &mut held {
         assert_eq!(holders.check().unwrap().errors, Vec::<String>::new());
