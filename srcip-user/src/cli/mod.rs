@@ -4,6 +4,7 @@ mod attach;
 mod cleanup;
 mod detach;
 mod doctor;
+mod export;
 mod observe;
 mod output;
 mod status;
@@ -53,6 +54,8 @@ enum Verb {
     Status(status::StatusArgs),
     /// Show connections as they come and go, with the client they come from.
     Observe(observe::Observe),
+    /// Export every connection: an access log, Prometheus metrics.
+    Export(export::Export),
     /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
     /// Remove all traces, also of an interrupted attach.
@@ -101,6 +104,7 @@ pub fn main() -> ExitCode {
         Verb::Detach(args) => args.run(&dataplane),
         Verb::Status(args) => args.run(&dataplane),
         Verb::Observe(args) => args.run(&dataplane),
+        Verb::Export(args) => args.run(&dataplane),
         Verb::Doctor(args) => return args.run(),
         Verb::Cleanup(args) => args.run(&dataplane),
         Verb::Completions { shell } => {
@@ -174,9 +178,18 @@ mod tests {
     #[test]
     fn the_manual_covers_every_verb() {
         let page = String::from_utf8(manual().unwrap()).unwrap();
-        for verb in
-            ["attach", "detach", "status", "observe", "doctor", "cleanup", "completions", "man", "version"]
-        {
+        for verb in [
+            "attach",
+            "detach",
+            "status",
+            "observe",
+            "export",
+            "doctor",
+            "cleanup",
+            "completions",
+            "man",
+            "version",
+        ] {
             assert!(page.contains(&format!(".SH \"SRCIP {}\"", verb.to_uppercase())), "{verb}");
         }
         assert!(page.contains("proxy\\-port"));

@@ -1,13 +1,14 @@
 //! The data plane: what is in the kernel, and how it gets there and away again.
 //!
 //! - [`record`]: what an attachment is. [`pins`], [`maps`]: where it is kept.
-//! - [`attach`], [`detach`], [`status`]: what can be done with it.
+//! - [`attach`], [`detach`], [`status`]: what can be done with it. [`fill`]: how full its maps are.
 //! - [`engine`]: the two ways to steer, `sk_lookup` and `tc`; [`hooks`]: what both need on the node.
 
 pub mod attach;
 pub mod detach;
 pub mod engine;
 pub mod error;
+pub mod fill;
 pub mod hooks;
 pub mod maps;
 pub(crate) mod object;
