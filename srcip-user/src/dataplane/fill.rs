@@ -78,6 +78,12 @@ impl Dataplane {
     }
 }
 
+/// All maps, half full.
+#[cfg(test)]
+pub(crate) fn for_test() -> Vec<MapFill> {
+    MAPS.into_iter().map(|(name, evicts, _)| MapFill { name, entries: 8, max_entries: 16, evicts }).collect()
+}
+
 fn count<K: MapValue, V: MapValue>(path: &Path, kind: fn(MapData) -> Map, max: u64) -> Result<u64> {
     let map: HashMap<MapData, K, V> = open(path, kind)?;
     Ok(bounded(map.keys(), max))

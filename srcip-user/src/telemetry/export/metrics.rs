@@ -46,8 +46,8 @@ const DURATION: [f64; 12] = [1e-3, 10e-3, 0.1, 0.5, 1., 5., 15., 60., 300., 1800
 pub const fn max_series(workloads: usize) -> usize {
     const LEGS: usize = Leg::ALL.len();
     const PRESERVED: usize = 3;
-    // Connections, bytes sent, bytes received; an attachment's info, listeners and counters.
-    let per_workload = LEGS * PRESERVED + 2 * LEGS + 1 + 1 + super::node::COUNTERS;
+    // Connections, bytes sent, bytes received; an attachment's info, listeners, problems and counters.
+    let per_workload = LEGS * PRESERVED + 2 * LEGS + 3 + super::node::COUNTERS;
     // Each with a bucket for what is above all others, a sum and a count.
     let histograms = LEGS * (BYTES.len() + RTT.len() + DURATION.len() + 3 * 3);
     // Workloads beyond the bound can have both engines in all three states.
@@ -394,5 +394,4 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-#[path = "metrics_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -22,6 +22,7 @@ use crate::dataplane::{
     Dataplane,
     error::{Result, chain},
     fill::{MAP_COUNT, MapFill},
+    record::{EngineKind, State},
     status::{AttachmentStatus, CounterStatus},
 };
 
@@ -56,14 +57,51 @@ counters! {
 /// How many counters an attachment has.
 pub const COUNTERS: usize = TABLE.len();
 
+/// What there is to tell of an attachment.
+#[derive(Debug)]
+struct Attached {
+    name: String,
+    engine: EngineKind,
+    state: State,
+    listeners: u64,
+    problems: u64,
+    counters: CounterStatus,
+}
+
+impl From<AttachmentStatus> for Attached {
+    fn from(status: AttachmentStatus) -> Self {
+        Self {
+            name: status.record.name,
+            engine: status.record.engine,
+            state: status.record.state,
+            listeners: status.listeners.len() as u64,
+            problems: status.problems.len() as u64,
+            counters: status.counters,
+        }
+    }
+}
+
 /// What was read last.
 #[derive(Debug, Default)]
 pub struct Node {
-    attachments: Vec<AttachmentStatus>,
+    attachments: Vec<Attached>,
     maps: Vec<MapFill>,
     read: Option<Instant>,
     reading: bool,
     errors: u64,
+}
+
+#[cfg(test)]
+impl Node {
+    /// One of everything.
+    pub(super) fn fill_for_test(&mut self) {
+        self.read = Some(Instant::now());
+        let counters = srcip_common::counters::Counters::default().into();
+        let (engine, state) = (EngineKind::SkLookup, State::Attached);
+        let name = "attached".to_owned();
+        self.attachments = vec![Attached { name, engine, state, listeners: 2, problems: 0, counters }];
+        self.maps = crate::dataplane::fill::for_test();
+    }
 }
 
 impl Metrics {
@@ -84,7 +122,10 @@ impl Metrics {
     }
 
     fn read_node(&self, dataplane: &Dataplane) {
-        let read = || -> Result<_> { Ok((dataplane.status()?.attachments, dataplane.map_fill()?)) };
+        let read = || -> Result<_> {
+            let attachments = dataplane.status()?.attachments.into_iter().map(Attached::from).collect();
+            Ok((attachments, dataplane.map_fill()?))
+        };
         let result = read();
         let mut node = self.node.write().unwrap_or_else(PoisonError::into_inner);
         node.reading = false;
@@ -135,13 +176,15 @@ impl Collector for NodeCollector {
         // Several workloads may share the label for those beyond the bound.
         let mut infos = BTreeMap::new();
         let mut listeners: BTreeMap<OfWorkload, u64> = BTreeMap::new();
+        let mut problems: BTreeMap<OfWorkload, u64> = BTreeMap::new();
         let mut counts: BTreeMap<OfWorkload, [u64; COUNTERS]> = BTreeMap::new();
         for attachment in &node.attachments {
-            let workload = lock(&self.labels).of(&attachment.record.name, Instant::now());
+            let workload = lock(&self.labels).of(&attachment.name, Instant::now());
             let label = OfWorkload { workload: Arc::clone(&workload) };
-            let (engine, state) = (attachment.record.engine.to_string(), name(&attachment.record.state));
+            let (engine, state) = (attachment.engine.to_string(), name(&attachment.state));
             infos.insert(OfAttachment { workload, engine, state }, 1_u64);
-            *listeners.entry(label.clone()).or_default() += attachment.listeners.len() as u64;
+            *listeners.entry(label.clone()).or_default() += attachment.listeners;
+            *problems.entry(label.clone()).or_default() += attachment.problems;
             let sums = counts.entry(label).or_insert([0; COUNTERS]);
             for (sum, (.., get)) in sums.iter_mut().zip(TABLE) {
                 *sum += get(&attachment.counters);
@@ -153,6 +196,12 @@ impl Collector for NodeCollector {
             "srcip_listeners",
             "Addresses that the proxy listens on at its port",
             listeners,
+        )?;
+        gauges(
+            &mut encoder,
+            "srcip_attachment_problems",
+            "What is wrong with an attachment; `srcip status -o json` says what",
+            problems,
         )?;
         for (index, (name, help, _)) in TABLE.iter().enumerate() {
             let values = counts.iter().map(|(label, sums)| (label.clone(), sums[index]));

@@ -268,5 +268,4 @@ impl HttpClient for InRuntime {
 }
 
 #[cfg(test)]
-#[path = "otlp_tests.rs"]
 mod tests;
