@@ -8,6 +8,7 @@
 //! - [`telemetry`]: every connection's origin.
 //! - [`doctor`]: what a node can run. [`privileges`]: what srcip may do.
 
+pub mod audit;
 pub mod cli;
 pub mod clsact;
 pub mod dataplane;

@@ -5,6 +5,7 @@
 //! - [`proxy`]: Envoy, HAProxy and nginx as distributions ship them.
 //! - [`peer`]: the application, and clients in numbers, as processes of their own.
 //! - [`srcip`]: the command under test.
+//! - [`mesh`]: rule sets of Istio and kube-proxy.
 //! - [`load`]: a steady load of new connections.
 //! - [`client`]: single connections from a host.
 //! - [`stale`]: removes what a run that was killed left behind.
@@ -12,6 +13,7 @@
 pub mod client;
 pub mod host;
 pub mod load;
+pub mod mesh;
 pub mod peer;
 pub mod process;
 pub mod proxy;

@@ -1,11 +1,17 @@
 //! The command under test.
 
 use std::{
+    io::{BufRead as _, BufReader, Read as _},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use serde_json::Value;
 
 use crate::host::Host;
@@ -88,6 +94,32 @@ impl Srcip {
     /// Detaches a pod.
     pub fn detach(&self, pod: &Host, options: &str) -> Result<String> {
         self.run(&format!("detach --netns {} {options}", pod.path().display()))
+    }
+
+    /// Runs `srcip audit` while `traffic` goes on; returns what it printed.
+    pub fn audit(&self, options: &str, traffic: impl FnOnce() -> Result<()>) -> Result<String> {
+        let arguments = format!("audit --duration 60s --cgroup {} {options}", self.cgroup.display());
+        let mut command = self.command(&arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().context("starting srcip")?;
+        let mut stderr = BufReader::new(child.stderr.take().context("a pipe")?);
+        let mut line = String::new();
+        stderr.read_line(&mut line)?;
+        if !line.starts_with("looking on") {
+            stderr.read_to_string(&mut line)?;
+            child.wait()?;
+            bail!("srcip {arguments}: {line}");
+        }
+        let result = traffic();
+        // What has ended by now is told of within the reader's next look.
+        std::thread::sleep(Duration::from_millis(300));
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
+        let output = child.wait_with_output()?;
+        result?;
+        if !output.status.success() {
+            bail!("srcip {arguments} failed with {}", output.status);
+        }
+        Ok(String::from_utf8(output.stdout)?)
     }
 
     /// The status of a pod's attachment.

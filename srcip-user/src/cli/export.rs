@@ -10,8 +10,9 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::observe::TargetArgs;
+use super::{observe::TargetArgs, signals::stop_on_signal};
 use crate::{
+    audit::netfilter::find_proxy,
     dataplane::Dataplane,
     telemetry::{
         export::{
@@ -112,8 +113,11 @@ impl Export {
                 if cfg!(feature = "otlp") { " or an --otlp-endpoint" } else { "" }
             );
         }
+        let mut observe = self.target.options()?;
+        // A mesh's own redirection loses clients: those pods count, too.
+        observe.find_proxy = Some(find_proxy);
         let settings = Settings {
-            observe: self.target.options()?,
+            observe,
             access_log: self.access_log.map(|target| access_log::Settings {
                 target,
                 max_size: self.access_log_max_size,
@@ -141,7 +145,9 @@ impl Export {
 }
 
 async fn run(dataplane: &Dataplane, settings: Settings, metrics: Option<SocketAddr>) -> Result<()> {
-    // Before anything is started: a signal that comes now ends it properly, too.
+    // Before anything is started: a signal that comes now ends it properly, too. A second one ends it
+    // whatever it is at.
+    let _second = stop_on_signal()?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut exporter = Exporter::start(dataplane, settings)?;
     let serving = match metrics {

@@ -1,12 +1,15 @@
 //! The command line: one file per verb. Data goes to stdout, everything else to stderr.
 
 mod attach;
+mod audit;
 mod cleanup;
 mod detach;
 mod doctor;
+mod explain;
 mod export;
 mod observe;
 mod output;
+mod signals;
 mod status;
 
 use std::{io, path::PathBuf, process::ExitCode};
@@ -56,6 +59,10 @@ enum Verb {
     Observe(observe::Observe),
     /// Export every connection: an access log, Prometheus metrics.
     Export(export::Export),
+    /// Tell which workloads do not see their clients' addresses, where they are lost, and the cure.
+    Audit(audit::AuditArgs),
+    /// Explain one connection: its hops, the address at each, and where it changes.
+    Explain(explain::ExplainArgs),
     /// Tell what this node can run, what is missing, and how to get it.
     Doctor(doctor::DoctorArgs),
     /// Remove all traces, also of an interrupted attach.
@@ -105,6 +112,11 @@ pub fn main() -> ExitCode {
         Verb::Status(args) => args.run(&dataplane),
         Verb::Observe(args) => args.run(&dataplane),
         Verb::Export(args) => args.run(&dataplane),
+        Verb::Audit(args) => match args.run(&dataplane) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
+        Verb::Explain(args) => args.run(&dataplane),
         Verb::Doctor(args) => return args.run(),
         Verb::Cleanup(args) => args.run(&dataplane),
         Verb::Completions { shell } => {
@@ -184,6 +196,7 @@ mod tests {
             "status",
             "observe",
             "export",
+            "audit",
             "doctor",
             "cleanup",
             "completions",

@@ -19,7 +19,7 @@ use crate::{
 /// Prometheus endpoint (15090). Kubelets and scrapers reach them directly.
 pub const ISTIO_PORTS: [u16; 3] = [15020, 15021, 15090];
 
-fn never_steered(proxy_port: u16) -> Vec<u16> {
+pub(crate) fn never_steered(proxy_port: u16) -> Vec<u16> {
     [&[proxy_port], &ISTIO_PORTS[..]].concat()
 }
 

@@ -127,6 +127,11 @@ impl Joiner {
         self.open.is_empty()
     }
 
+    /// What there is to tell of the connections that are open.
+    pub fn open_records(&self, clock: Clock) -> impl Iterator<Item = Record> {
+        self.open.values().map(move |open| Self::record(open, EventKind::Open, clock.time(open.opened_ns)))
+    }
+
     /// Takes an event in; what there is to tell of it comes back. The application's end of a connection
     /// inside the pod is not told of: its other end is.
     pub fn event(&mut self, event: &Event, clock: Clock, workloads: &Workloads) -> Option<Record> {

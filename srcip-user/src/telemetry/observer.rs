@@ -157,6 +157,11 @@ impl Observer {
         &self.workloads
     }
 
+    /// What there is to tell of the connections that are open now.
+    pub fn open_records(&self) -> Vec<Record> {
+        self.joiner.open_records(Clock::now()).collect()
+    }
+
     /// How many connections are known to be open.
     pub fn open_connections(&self) -> usize {
         self.joiner.len()

@@ -57,19 +57,22 @@ impl Watch {
             .load(WATCH_OBJECT)
             .map_err(object_error)?;
         if let Scope::Only(cookies) = scope {
-            let mut watched: HashMap<_, u64, u8> = take_map(&mut object, "WATCHED")?;
+            let map = object.map_mut("WATCHED").ok_or_else(|| missing("WATCHED"))?;
+            let mut watched =
+                HashMap::<_, u64, u8>::try_from(map).bpf(|| "use the map WATCHED".to_owned())?;
             for cookie in cookies {
                 watched.insert(cookie.0, 1, 0).bpf(|| "write the map WATCHED".to_owned())?;
             }
         }
-        let events = take_map(&mut object, "EVENTS")?;
-        let counters = take_map(&mut object, "WATCH_COUNTERS")?;
         let directory = File::open(cgroup).file("open the cgroup", cgroup)?;
         let program: &mut SockOps = crate::dataplane::object::program(&mut object, PROGRAM)?;
         program.load().map_err(|error| load_error(PROGRAM, error))?;
         program
             .attach(&directory, CgroupAttachMode::Single)
             .bpf(|| format!("attach {PROGRAM} to the cgroup {}", cgroup.display()))?;
+        // Only now: a map that is taken out before is not found by the program.
+        let events = take_map(&mut object, "EVENTS")?;
+        let counters = take_map(&mut object, "WATCH_COUNTERS")?;
         Ok(Self { _object: object, events, counters })
     }
 
@@ -112,9 +115,10 @@ fn take_map<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     object: &mut Ebpf,
     name: &str,
 ) -> Result<T> {
-    let map = object.take_map(name).ok_or_else(|| Error::Bpf {
-        action: format!("find the map {name}"),
-        source: "the eBPF object does not have it".into(),
-    })?;
+    let map = object.take_map(name).ok_or_else(|| missing(name))?;
     T::try_from(map).bpf(|| format!("use the map {name}"))
+}
+
+fn missing(name: &str) -> Error {
+    Error::Bpf { action: format!("find the map {name}"), source: "the eBPF object does not have it".into() }
 }

@@ -9,6 +9,7 @@ mod prometheus;
 use std::{
     net::SocketAddr,
     process::{Command, ExitStatus},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
@@ -19,6 +20,9 @@ use crate::scenario::{PORT, Scenario};
 
 /// Where exporters serve, each in a node's namespace of its own.
 const METRICS: &str = "127.0.0.1:9464";
+
+/// Tells logs apart.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// An exporter on the node of a scenario, which looks at the scenario's pod alone.
 struct Export {
@@ -32,7 +36,9 @@ impl Export {
 
     fn start_for(scenario: &Scenario, pods: &[&Host], options: &str) -> Self {
         let command = command(scenario, pods, options);
-        let mut process = scenario.world.node().start("export", command).unwrap();
+        // A log of its own: what an earlier one said is not this one's.
+        let name = format!("export-{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let mut process = scenario.world.node().start(&name, command).unwrap();
         process.wait_until("exports", |process| process.log().contains("exporting")).unwrap();
         Self { process }
     }

@@ -4,6 +4,7 @@
 
 mod scenario;
 
+mod audit;
 mod changes;
 mod cli;
 mod crash;
@@ -19,6 +20,7 @@ mod origin;
 mod ports;
 mod proxy_down;
 mod tcp;
+mod telemetry;
 
 /// Makes a test of each function for each engine; the function takes the engine.
 macro_rules! engines {

@@ -4,6 +4,7 @@
 use srcip_tests::{
     Family, client,
     host::Host,
+    mesh::ISTIO_TPROXY,
     peer::{self, Clients, Opened},
     process::Process,
     proxy::{Kind, Proxy},
@@ -145,29 +146,7 @@ fn a_port_of_srcips_own_range(engine: Engine) {
     }
 }
 
-/// The rule set that Istio installs for its TPROXY mode, to show the difference.
-const ISTIO_TPROXY: &str = "\
-*mangle
-:ISTIO_DIVERT - [0:0]
-:ISTIO_INBOUND - [0:0]
-:ISTIO_TPROXY - [0:0]
--A PREROUTING -p tcp -j ISTIO_INBOUND
--A PREROUTING -p tcp -m mark --mark 1337 -j CONNMARK --save-mark
--A OUTPUT -p tcp -o lo -m mark --mark 1337 -j RETURN
--A OUTPUT -p tcp -m connmark --mark 1337 -j CONNMARK --restore-mark
--A ISTIO_INBOUND -p tcp -m mark --mark 1337 -j RETURN
--A ISTIO_INBOUND -p tcp -s 127.0.0.6/32 -i lo -j RETURN
--A ISTIO_INBOUND -p tcp -i lo -m mark ! --mark 1338 -j RETURN
--A ISTIO_INBOUND -p tcp --dport 15020 -j RETURN
--A ISTIO_INBOUND -p tcp -m conntrack --ctstate RELATED,ESTABLISHED -j ISTIO_DIVERT
--A ISTIO_INBOUND -p tcp -j ISTIO_TPROXY
--A ISTIO_DIVERT -j MARK --set-mark 1337
--A ISTIO_DIVERT -j ACCEPT
--A ISTIO_TPROXY ! -d 127.0.0.1/32 -p tcp -j TPROXY --on-port 15006 --tproxy-mark 1337/0xffffffff
-COMMIT
-";
-
-/// With that rule set and the same Envoy, a client hangs on every port that is mirrored.
+/// With Istio's rule set and the same Envoy, a client hangs on every port that is mirrored.
 #[test]
 fn istios_tproxy_hangs_on_mirrored_ports() {
     let mut scenario = Scenario::empty(Engine::SkLookup);

@@ -2,7 +2,8 @@
 
 use anyhow::{Context as _, Result};
 use srcip_tests::{
-    Family,
+    Family, client,
+    peer::APPLICATION_PORT,
     proxy::{PROXY_PORT, Proxy},
 };
 
@@ -49,6 +50,7 @@ pub fn before(stage: &Stage<'_>) -> Result<Seen> {
     let proxy = sidecar.start_redirect(pod)?;
     let seen = look(stage, &proxy, families).context("before")?;
     seen.v4.show(screen, sidecar)?;
+    audit(stage).context("the audit before")?;
     proxy.kill();
     for &family in families {
         pod.sh(&redirect(family, "-D"))?;
@@ -83,7 +85,25 @@ pub fn after(stage: &Stage<'_>) -> Result<(Seen, Proxy)> {
     screen.show(format_args!("    {}", attached.trim().replacen(", engine ", ",\n    engine ", 1)))?;
     let seen = look(stage, &proxy, &Family::BOTH).context("after")?;
     seen.v4.show(screen, sidecar)?;
+    audit(stage).context("the audit after")?;
     Ok((seen, proxy))
+}
+
+/// Lets srcip tell what is wrong with the pod, if anything is.
+fn audit(stage: &Stage<'_>) -> Result<()> {
+    let Stage { hosts, screen, .. } = *stage;
+    let netns = hosts.pod.path();
+    screen.show(format_args!("  node$ srcip audit --netns {}", netns.display()))?;
+    let to = hosts.pod.socket(Family::V4, APPLICATION_PORT);
+    let traffic = || (0..3).try_for_each(|_| client::ask_once(&hosts.client, to).map(drop));
+    let report = hosts.world.srcip().audit(&format!("--netns {}", netns.display()), traffic)?;
+    let client = hosts.client.address(Family::V4);
+    for line in report.lines() {
+        let line = format!("    {line}");
+        let line = screen.highlight(line.trim_end(), client, [127, 0, 0, 6].into());
+        screen.show(format_args!("{line}"))?;
+    }
+    Ok(screen.show(format_args!(""))?)
 }
 
 fn look(stage: &Stage<'_>, proxy: &Proxy, families: &[Family]) -> Result<Seen> {

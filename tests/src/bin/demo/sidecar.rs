@@ -80,12 +80,7 @@ impl Sidecar {
     /// Starts it as a mesh does by default, dialling from 127.0.0.6 and ::6.
     pub fn start_redirect(self, pod: &Host) -> Result<Proxy> {
         match self {
-            Self::Envoy => Proxy::start_with(pod, Kind::EnvoyRedirect, |config| {
-                let v4 = "      source_address: { address: 127.0.0.6, port_value: 0 }\n";
-                let v6 =
-                    "      extra_source_addresses:\n      - address: { address: \"::6\", port_value: 0 }\n";
-                config.replace(v4, &format!("{v4}{v6}"))
-            }),
+            Self::Envoy => Proxy::start(pod, Kind::EnvoyRedirect),
             Self::Haproxy => Proxy::start_with(pod, Kind::HaproxyRedirect, log_like_envoy),
         }
     }

@@ -1,0 +1,144 @@
+//! `srcip explain`
+
+use std::{
+    sync::atomic::Ordering,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use super::{
+    audit::{ClusterArgs, steps_text},
+    observe::{TargetArgs, parse_duration},
+    output::{Format, print, print_data},
+    signals::stop_on_signal,
+};
+use crate::{
+    audit::{
+        cause::Surroundings,
+        cluster::Cluster,
+        explain::{End, Match, explain, matches},
+        netfilter::{Interception, find_proxy},
+    },
+    dataplane::Dataplane,
+    netns::Netns,
+    telemetry::{
+        history::history,
+        observer::{Observer, POLL_INTERVAL},
+        record::{Leg, Record},
+    },
+};
+
+/// Explain one connection: its hops, the address at each, and where it changes.
+///
+/// Of the connections that fit, it takes the last one: one that is open, one that srcip remembers of a
+/// steered pod, or the first that comes while it waits.
+#[derive(Debug, Args)]
+pub(super) struct ExplainArgs {
+    /// The client: an address, with a port for one connection among several.
+    #[arg(long, value_name = "ADDRESS[:PORT]", required_unless_present = "to")]
+    from: Option<End>,
+    /// The destination: the pod's address, a Service's, or a node's with the node port.
+    #[arg(long, value_name = "ADDRESS[:PORT]")]
+    to: Option<End>,
+    /// How long to wait for one.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    wait: Duration,
+    #[command(flatten)]
+    target: TargetArgs,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// How to print it.
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+/// An upstream leg follows its downstream leg by as much as a proxy takes to connect.
+const SECOND_LEG: Duration = Duration::from_millis(500);
+
+/// The connection that fits best, and among equals the last.
+struct Best<'a> {
+    from: Option<End>,
+    to: Option<End>,
+    cluster: &'a Cluster,
+    /// With whether all that there is to it is known.
+    found: Option<(Match, bool, Record)>,
+}
+
+impl Best<'_> {
+    fn consider(&mut self, record: Record) {
+        let Some(fits) = matches(&record, self.from, self.to, self.cluster) else { return };
+        let whole = record.leg == Leg::Direct || record.upstream_local_address.is_some();
+        if self.found.as_ref().is_none_or(|(known, was_whole, _)| (*known, *was_whole) <= (fits, whole)) {
+            self.found = Some((fits, whole, record));
+        }
+    }
+
+    /// Whether nothing better can come. What looks direct may be a proxy's that has not connected yet.
+    fn is_settled(&self) -> bool {
+        matches!(&self.found, Some((Match::Exact, true, record)) if record.leg != Leg::Direct)
+    }
+}
+
+impl ExplainArgs {
+    pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
+        crate::privileges::require("explain")?;
+        let cluster = self.cluster.cluster()?;
+        let mut options = self.target.options()?;
+        options.find_proxy = Some(find_proxy);
+        let mut observer = Observer::start(dataplane, &options)?;
+        let mut best = Best { from: self.from, to: self.to, cluster: &cluster, found: None };
+        history(dataplane, observer.workloads())?.into_iter().for_each(|record| best.consider(record));
+        observer.open_records().into_iter().for_each(|record| best.consider(record));
+        let stop = stop_on_signal()?;
+        if best.found.is_none() {
+            eprintln!("no connection fits so far; waiting for one for {} s", self.wait.as_secs());
+        }
+        let mut end = Instant::now() + self.wait;
+        let mut waits_for_second_leg = false;
+        while !best.is_settled() && Instant::now() < end && !stop.load(Ordering::Relaxed) {
+            if best.found.is_some() && !waits_for_second_leg {
+                waits_for_second_leg = true;
+                end = end.min(Instant::now() + SECOND_LEG);
+            }
+            observer.poll(|record| best.consider(record))?;
+            sleep(POLL_INTERVAL);
+        }
+        let Some((fits, _, record)) = best.found else {
+            bail!(
+                "no connection of a pod fits within {} s: is the client connecting, and is the pod on this \
+                 node? `srcip observe -f` shows all there are",
+                self.wait.as_secs()
+            );
+        };
+        let Some(workload) = observer.workloads().get(record.netns_cookie) else {
+            bail!("the pod {} has gone meanwhile", record.workload);
+        };
+        let interception = Netns::open(&workload.netns).map_or_else(
+            |error| Interception { unreadable: Some(error.to_string()), ..Interception::default() },
+            |netns| Interception::read(&netns),
+        );
+        let pod = cluster.pod(|ip| workload.addresses.contains(&ip));
+        let around = Surroundings { workload, pod, interception: &interception, cluster: &cluster };
+        let explanation = explain(&record, self.from, around);
+        if matches!(self.output, Format::Json | Format::Yaml) {
+            return print_data(&explanation, self.output);
+        }
+        let mut text = explanation.draw();
+        if fits == Match::Behind {
+            text.push_str("\nThe pod sees no connection of that client: this one may be it.\n");
+        }
+        if explanation.inferred {
+            text.push_str(
+                "\nThe proxy has several connections; which of them serves this one is inferred.\n",
+            );
+        }
+        for finding in &explanation.findings {
+            text.push_str(&format!("\n{}: {}.\n", finding.cause.name(), finding.cure.explanation));
+            text.push_str(&steps_text(&finding.cure.steps));
+        }
+        Ok(print(text.as_bytes())?)
+    }
+}

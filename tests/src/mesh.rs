@@ -1,0 +1,84 @@
+//! Rule sets of others: Istio's in a pod, kube-proxy's on a node. They are what srcip is compared with and
+//! what its audit has to recognise.
+
+use std::net::IpAddr;
+
+/// What istio-init installs for inbound connections by default: NAT to the sidecar.
+pub const ISTIO_REDIRECT: &str = "\
+*nat
+:ISTIO_INBOUND - [0:0]
+:ISTIO_IN_REDIRECT - [0:0]
+-A PREROUTING -p tcp -j ISTIO_INBOUND
+-A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN
+-A ISTIO_INBOUND -p tcp --dport 15090 -j RETURN
+-A ISTIO_INBOUND -p tcp --dport 15021 -j RETURN
+-A ISTIO_INBOUND -p tcp --dport 15020 -j RETURN
+-A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT
+-A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006
+COMMIT
+";
+
+/// What it installs for `interceptionMode: TPROXY`; the rule and route for the mark come on top.
+pub const ISTIO_TPROXY: &str = "\
+*mangle
+:ISTIO_DIVERT - [0:0]
+:ISTIO_INBOUND - [0:0]
+:ISTIO_TPROXY - [0:0]
+-A PREROUTING -p tcp -j ISTIO_INBOUND
+-A PREROUTING -p tcp -m mark --mark 1337 -j CONNMARK --save-mark
+-A OUTPUT -p tcp -o lo -m mark --mark 1337 -j RETURN
+-A OUTPUT -p tcp -m connmark --mark 1337 -j CONNMARK --restore-mark
+-A ISTIO_INBOUND -p tcp -m mark --mark 1337 -j RETURN
+-A ISTIO_INBOUND -p tcp -s 127.0.0.6/32 -i lo -j RETURN
+-A ISTIO_INBOUND -p tcp -i lo -m mark ! --mark 1338 -j RETURN
+-A ISTIO_INBOUND -p tcp --dport 15020 -j RETURN
+-A ISTIO_INBOUND -p tcp -m conntrack --ctstate RELATED,ESTABLISHED -j ISTIO_DIVERT
+-A ISTIO_INBOUND -p tcp -j ISTIO_TPROXY
+-A ISTIO_DIVERT -j MARK --set-mark 1337
+-A ISTIO_DIVERT -j ACCEPT
+-A ISTIO_TPROXY ! -d 127.0.0.1/32 -p tcp -j TPROXY --on-port 15006 --tproxy-mark 1337/0xffffffff
+COMMIT
+";
+
+/// A Service of type NodePort with one endpoint, as kube-proxy's iptables mode writes it on one node.
+#[derive(Clone, Copy, Debug)]
+pub struct NodePort {
+    /// The port on every node.
+    pub node_port: u16,
+    /// The endpoint.
+    pub endpoint: (IpAddr, u16),
+    /// `externalTrafficPolicy: Local`.
+    pub local: bool,
+    /// Whether the endpoint is on this node.
+    pub endpoint_is_here: bool,
+}
+
+impl NodePort {
+    /// For `iptables-restore`.
+    pub fn rules(self) -> String {
+        let Self { node_port, endpoint: (ip, port), local, endpoint_is_here } = self;
+        // Under Cluster, what comes from outside is marked to be masqueraded; under Local, it goes to an
+        // endpoint of this node or nowhere.
+        let external = match (local, endpoint_is_here) {
+            (false, _) => "-A KUBE-EXT-WEB -j KUBE-MARK-MASQ\n-A KUBE-EXT-WEB -j KUBE-SVC-WEB\n".to_owned(),
+            (true, true) => "-A KUBE-EXT-WEB -j KUBE-SVC-WEB\n".to_owned(),
+            (true, false) => String::new(),
+        };
+        format!(
+            "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-NODEPORTS - [0:0]\n:KUBE-EXT-WEB - [0:0]\n\
+             :KUBE-SVC-WEB - [0:0]\n:KUBE-SEP-WEB - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-POSTROUTING - [0:0]\n\
+             -A PREROUTING -j KUBE-SERVICES\n\
+             -A POSTROUTING -j KUBE-POSTROUTING\n\
+             -A KUBE-SERVICES -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS\n\
+             -A KUBE-NODEPORTS -p tcp --dport {node_port} -j KUBE-EXT-WEB\n\
+             {external}\
+             -A KUBE-SVC-WEB -j KUBE-SEP-WEB\n\
+             -A KUBE-SEP-WEB -p tcp -j DNAT --to-destination {ip}:{port}\n\
+             -A KUBE-MARK-MASQ -j MARK --or-mark 0x4000\n\
+             -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN\n\
+             -A KUBE-POSTROUTING -j MARK --xor-mark 0x4000\n\
+             -A KUBE-POSTROUTING -j MASQUERADE --random-fully\n\
+             COMMIT\n"
+        )
+    }
+}

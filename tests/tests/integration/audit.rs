@@ -1,0 +1,480 @@
+//! `srcip audit` names each cause, built for real, and its cure cures.
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+};
+
+use serde_json::{Value, json};
+use srcip_tests::{
+    Family, client,
+    host::Host,
+    mesh::{ISTIO_REDIRECT, ISTIO_TPROXY, NodePort},
+    peer,
+    process::sh,
+    proxy::{Kind, Proxy},
+    srcip::Srcip,
+    world::World,
+};
+
+use crate::scenario::{Engine, PORT, Scenario};
+
+/// Audits while `traffic` goes on.
+fn audit(srcip: &Srcip, options: &str, traffic: impl FnOnce()) -> Value {
+    let traffic = || {
+        traffic();
+        Ok(())
+    };
+    serde_json::from_str(&srcip.audit(&format!("-o json {options}"), traffic).unwrap()).unwrap()
+}
+
+/// The only finding of the workload in this namespace.
+fn only_finding(report: &Value, pod: &Host) -> Value {
+    let workload = workload(report, pod);
+    let findings = workload["findings"].as_array().unwrap();
+    assert_eq!(findings.len(), 1, "{workload:#}");
+    findings[0].clone()
+}
+
+fn workload(report: &Value, pod: &Host) -> Value {
+    let path = pod.path();
+    let all = report["workloads"].as_array().unwrap();
+    let found = all.iter().find(|workload| workload["netns"].as_str() == path.to_str());
+    found.cloned().unwrap_or_else(|| panic!("{} is not in {report:#}", pod.name()))
+}
+
+fn commands(finding: &Value) -> Vec<String> {
+    let steps = finding["steps"].as_array().unwrap().iter();
+    let commands = steps.flat_map(|step| step["commands"].as_array().unwrap());
+    commands.map(|command| command.as_str().unwrap().to_owned()).collect()
+}
+
+fn assert_clean(report: &Value, pod: &Host, by: &str) {
+    let finding = only_finding(report, pod);
+    assert_eq!(
+        (finding["cause"].as_str(), finding["by"].as_str()),
+        (Some("preserved"), Some(by)),
+        "{finding:#}"
+    );
+    assert_eq!(commands(&finding), Vec::<String>::new());
+    let workload = workload(report, pod);
+    assert_eq!(workload["connections"], workload["preserved"]);
+}
+
+fn ask_several(scenario: &Scenario, family: Family) {
+    for _ in 0..5 {
+        scenario.ask(family);
+    }
+}
+
+/// A sidecar in Istio's default mode; the printed commands, and the proxy's configuration that they name,
+/// make the audit clean.
+#[test]
+fn sidecar_redirect() {
+    for family in Family::BOTH {
+        let mut scenario = Scenario::empty(Engine::SkLookup);
+        scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+        let proxy = Proxy::start(&scenario.pod, Kind::EnvoyRedirect).unwrap();
+        let (restore, hidden) = match family {
+            Family::V4 => ("iptables-restore", "127.0.0.6"),
+            Family::V6 => ("ip6tables-restore", "::6"),
+        };
+        scenario.pod.ip("-6 addr add ::6/128 dev lo nodad").unwrap();
+        scenario.pod.feed(restore, ISTIO_REDIRECT).unwrap();
+        let report = audit(&scenario.srcip, "", || ask_several(&scenario, family));
+        let finding = only_finding(&report, &scenario.pod);
+        assert_eq!(finding["cause"], "sidecar-redirect", "{finding:#}");
+        assert_eq!(finding["proxy_port"], 15006);
+        // The sidecar uses one connection for several of its client's.
+        let connections = finding["connections"].as_u64().unwrap();
+        assert!((1..=5).contains(&connections), "{finding:#}");
+        assert_eq!(finding["ports"], json!([8000]));
+        assert_eq!(finding["application_saw"], json!([hidden]));
+        assert_eq!(finding["clients"], json!([scenario.client.address(family)]));
+        let found = workload(&report, &scenario.pod);
+        assert_eq!(
+            (found["connections"].as_u64(), found["preserved"].as_u64()),
+            (Some(connections), Some(0))
+        );
+        assert_eq!(found["interception"]["mode"], "redirect");
+
+        // The proxy's part, which the first step names, then the commands as they stand.
+        proxy.kill();
+        scenario.proxy = Some(Proxy::start(&scenario.pod, Kind::Envoy).unwrap());
+        let mut attached = false;
+        for command in commands(&finding) {
+            match command.strip_prefix("srcip ") {
+                Some(arguments) => {
+                    let cgroup = scenario.world.cgroup().display();
+                    scenario.srcip.run(&format!("{arguments} --cgroup {cgroup}")).unwrap();
+                    attached = true;
+                }
+                None => drop(sh(&command).unwrap()),
+            }
+        }
+        assert!(attached, "{finding:#}");
+        let report = audit(&scenario.srcip, "", || ask_several(&scenario, family));
+        assert_clean(&report, &scenario.pod, "srcip");
+    }
+}
+
+/// Where Kubernetes is known, the cure is the mesh's own annotation, on what makes the pod.
+#[test]
+fn sidecar_redirect_of_a_deployment() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    scenario.proxy = Some(Proxy::start(&scenario.pod, Kind::EnvoyRedirect).unwrap());
+    scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
+    let mut pod = pod_manifest("httpbin-5d4f-x", &scenario.pod);
+    pod["metadata"]["labels"]["pod-template-hash"] = "5d4f".into();
+    pod["metadata"]["ownerReferences"] = json!([{
+        "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "httpbin-5d4f", "uid": "1", "controller": true
+    }]);
+    let manifests = manifests(&scenario.world, &[pod]);
+    let report = audit(&scenario.srcip, &manifests, || ask_several(&scenario, Family::V4));
+    let commands = commands(&only_finding(&report, &scenario.pod));
+    let [command] = &commands[..] else { panic!("{commands:?}") };
+    let (kubectl, patch) = command.split_once(" --type merge -p ").unwrap();
+    assert_eq!(kubectl, "kubectl -n web patch deployment httpbin");
+    let patch: Value = serde_json::from_str(patch.trim_matches('\'')).unwrap();
+    let annotations = &patch["spec"]["template"]["metadata"]["annotations"];
+    assert_eq!(annotations["sidecar.istio.io/interceptionMode"], "TPROXY");
+    assert_eq!(workload(&report, &scenario.pod)["pod"], "web/httpbin-5d4f-x");
+}
+
+fn pod_manifest(name: &str, host: &Host) -> Value {
+    let ips: Vec<_> = Family::BOTH.iter().map(|family| json!({ "ip": host.address(*family) })).collect();
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "namespace": "web", "name": name, "labels": { "app": "httpbin" } },
+        "spec": { "containers": [] },
+        "status": { "podIP": host.address(Family::V4), "podIPs": ips },
+    })
+}
+
+fn node_manifest(name: &str, host: &Host) -> Value {
+    let addresses: Vec<_> = Family::BOTH
+        .iter()
+        .map(|family| json!({ "type": "InternalIP", "address": host.address(*family) }))
+        .collect();
+    json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": { "name": name },
+        "status": { "addresses": addresses },
+    })
+}
+
+fn service_manifest() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "namespace": "web", "name": "httpbin" },
+        "spec": {
+            "type": "NodePort", "selector": { "app": "httpbin" },
+            "ports": [{ "port": 80, "targetPort": 8000, "nodePort": 30080 }],
+        },
+    })
+}
+
+/// Writes the manifests as a user would have them; returns the option that names them.
+fn manifests(world: &World, objects: &[Value]) -> String {
+    let directory = world.directory().join("manifests");
+    fs::create_dir_all(&directory).unwrap();
+    let documents: Vec<_> = objects.iter().map(|object| format!("---\n{object}\n")).collect();
+    fs::write(directory.join("objects.yaml"), documents.concat()).unwrap();
+    format!("--manifests {}", directory.display())
+}
+
+/// A client, two nodes, and a pod on the second one, with kube-proxy's rules on both.
+struct Cluster {
+    world: World,
+    srcip: Srcip,
+    client: Host,
+    nodes: [Host; 2],
+    pod: Host,
+    service: Value,
+    _application: srcip_tests::process::Process,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let mut world = World::new().unwrap();
+        let client = world.host("client").unwrap();
+        let nodes = [world.host("nodea").unwrap(), world.host("nodeb").unwrap()];
+        let pod = world.host("pod").unwrap();
+        // The pod's cable goes to the second node instead of the bridge. That one answers for it on the
+        // network, and for the network to it.
+        let node = &nodes[1];
+        let bridge = world.node().name();
+        sh(&format!("ip -n {bridge} link set veth4 nomaster")).unwrap();
+        sh(&format!("ip -n {bridge} link set veth4 netns {}", node.name())).unwrap();
+        node.ip("link set veth4 up").unwrap();
+        node.ip(&format!("route add {}/32 dev veth4", pod.address(Family::V4))).unwrap();
+        node.sysctl("net.ipv4.conf.all.proxy_arp", "1").unwrap();
+        for node in &nodes {
+            node.sysctl("net.ipv4.ip_forward", "1").unwrap();
+        }
+        let application = peer::application(&pod, &["[::]:8000"]).unwrap();
+        let srcip = world.srcip();
+        let cluster =
+            Self { world, srcip, client, nodes, pod, service: service_manifest(), _application: application };
+        cluster.kube_proxy();
+        cluster
+    }
+
+    /// Does what kube-proxy does with the Service as it is.
+    fn kube_proxy(&self) {
+        for (i, node) in self.nodes.iter().enumerate() {
+            let rules = NodePort {
+                node_port: 30080,
+                endpoint: (self.pod.address(Family::V4), PORT),
+                local: self.service["spec"]["externalTrafficPolicy"] == "Local",
+                endpoint_is_here: i == 1,
+            };
+            node.feed("iptables-restore", &rules.rules()).unwrap();
+        }
+    }
+
+    fn manifests(&self) -> String {
+        let nodes = self.nodes.iter().zip(["a", "b"]).map(|(host, name)| node_manifest(name, host));
+        let objects: Vec<_> =
+            nodes.chain([pod_manifest("httpbin", &self.pod), self.service.clone()]).collect();
+        manifests(&self.world, &objects)
+    }
+
+    /// What the application sees of the client by way of a node's port.
+    fn ask(&self, node: usize) -> IpAddr {
+        let to = SocketAddr::new(self.nodes[node].address(Family::V4), 30080);
+        client::ask_once(&self.client, to).unwrap().peer.ip()
+    }
+}
+
+/// kube-proxy's rules put a node's address in place of the client's; the printed patch, applied to the
+/// Service and followed by kube-proxy, makes the audit clean.
+#[test]
+fn snat_by_kube_proxy() {
+    let mut cluster = Cluster::new();
+    let node_address = cluster.nodes[0].address(Family::V4);
+    let report = audit(&cluster.srcip, &cluster.manifests(), || {
+        for _ in 0..3 {
+            assert_eq!(cluster.ask(0), node_address);
+        }
+    });
+    let finding = only_finding(&report, &cluster.pod);
+    assert_eq!(finding["cause"], "snat", "{finding:#}");
+    assert_eq!(finding["node"], "a");
+    assert_eq!(finding["services"], json!([{ "namespace": "web", "name": "httpbin" }]));
+    assert_eq!(finding["connections"], 3);
+    assert_eq!(finding["application_saw"], json!([node_address]));
+    assert_eq!(finding["clients"], json!([]), "the client cannot be known here");
+
+    let commands = commands(&finding);
+    let [command] = &commands[..] else { panic!("{commands:?}") };
+    let (kubectl, patch) = command.split_once(" --type merge -p ").unwrap();
+    assert_eq!(kubectl, "kubectl -n web patch service httpbin");
+    let patch: Value = serde_json::from_str(patch.trim_matches('\'')).unwrap();
+    merge(&mut cluster.service, &patch);
+    cluster.kube_proxy();
+    // The load balancer follows the health check to the node with the pod.
+    let report = audit(&cluster.srcip, &cluster.manifests(), || {
+        for _ in 0..3 {
+            assert_eq!(cluster.ask(1), cluster.client.address(Family::V4));
+        }
+    });
+    assert_clean(&report, &cluster.pod, "local-policy");
+}
+
+/// Flags instead of manifests.
+#[test]
+fn snat_by_kube_proxy_with_flags() {
+    let cluster = Cluster::new();
+    let node_address = cluster.nodes[0].address(Family::V4);
+    let traffic = || assert_eq!(cluster.ask(0), node_address);
+    let options = format!("--node-address {node_address} --service web/httpbin");
+    let finding = only_finding(&audit(&cluster.srcip, &options, traffic), &cluster.pod);
+    assert_eq!(
+        (finding["cause"].as_str(), finding["node"].as_str()),
+        (Some("snat"), Some(&*node_address.to_string()))
+    );
+    assert!(commands(&finding)[0].starts_with("kubectl -n web patch service httpbin "));
+    let options = format!("--node-address {node_address} --service web/httpbin:Local");
+    let finding = only_finding(&audit(&cluster.srcip, &options, traffic), &cluster.pod);
+    assert_eq!(finding["cause"], "node-itself");
+}
+
+/// RFC 7386, as much as a patch of ours needs.
+fn merge(target: &mut Value, patch: &Value) {
+    let Some(fields) = patch.as_object() else {
+        *target = patch.clone();
+        return;
+    };
+    for (name, value) in fields {
+        merge(&mut target[name], value);
+    }
+}
+
+/// Nothing in between.
+#[test]
+fn preserved_by_direct_routing() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    for family in Family::BOTH {
+        let report = audit(&scenario.srcip, "", || ask_several(&scenario, family));
+        assert_clean(&report, &scenario.pod, "direct-routing");
+        let finding = only_finding(&report, &scenario.pod);
+        assert_eq!(finding["clients"], json!([scenario.client.address(family)]));
+    }
+}
+
+/// Istio's TPROXY mode.
+#[test]
+fn preserved_by_tproxy() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    let proxy = Proxy::start_with(&scenario.pod, Kind::Envoy, |config| {
+        config.replace("original_src.v3.OriginalSrc\n", "original_src.v3.OriginalSrc\n        mark: 1337\n")
+    });
+    scenario.proxy = Some(proxy.unwrap());
+    scenario.pod.feed("iptables-restore", ISTIO_TPROXY).unwrap();
+    scenario.pod.ip("rule add fwmark 1337 lookup 133").unwrap();
+    scenario.pod.ip("route add local default dev lo table 133").unwrap();
+    let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
+    assert_clean(&report, &scenario.pod, "tproxy");
+    assert_eq!(workload(&report, &scenario.pod)["interception"]["mode"], "tproxy");
+}
+
+/// srcip steers, but the proxy dials as itself.
+#[test]
+fn proxy_not_transparent() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    let proxy = Proxy::start_with(&scenario.pod, Kind::Haproxy, |config| {
+        config.replace("    source 0.0.0.0 usesrc clientip\n", "")
+    });
+    scenario.proxy = Some(proxy.unwrap());
+    scenario.attach("");
+    let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
+    let finding = only_finding(&report, &scenario.pod);
+    assert_eq!(finding["cause"], "proxy-not-transparent", "{finding:#}");
+    assert_eq!(finding["application_saw"], json!([scenario.pod.address(Family::V4)]));
+    assert_eq!(finding["clients"], json!([scenario.client.address(Family::V4)]));
+}
+
+/// A proxy that REDIRECT serves, and that dials from the pod's own address.
+#[test]
+fn proxy_own_address() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    let own = scenario.pod.address(Family::V4);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    let proxy = Proxy::start_with(&scenario.pod, Kind::HaproxyRedirect, |config| {
+        config.replace("source 127.0.0.6", &format!("source {own}"))
+    });
+    scenario.proxy = Some(proxy.unwrap());
+    scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
+    let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
+    let finding = only_finding(&report, &scenario.pod);
+    assert_eq!(finding["cause"], "proxy-own-address", "{finding:#}");
+    assert_eq!(finding["application_saw"], json!([own]));
+}
+
+/// A proxy on another host, which is a load balancer or a gateway, depending on what is known of it.
+#[test]
+fn load_balancer_and_gateway() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    let middle = scenario.world.host("middle").unwrap();
+    let to = scenario.pod.socket(Family::V4, PORT);
+    let proxy = Proxy::start_with(&middle, Kind::Haproxy, |config| {
+        config.replace("    source 0.0.0.0 usesrc clientip\n", "").replace("0.0.0.0:0", &to.to_string())
+    });
+    let _proxy = proxy.unwrap();
+    let traffic = || {
+        let seen = client::ask_once(&scenario.client, middle.socket(Family::V4, 15006)).unwrap();
+        assert_eq!(seen.peer.ip(), middle.address(Family::V4));
+    };
+    let mut service = service_manifest();
+    let pod = pod_manifest("httpbin", &scenario.pod);
+    let audit = |objects: &[Value], options: &str| {
+        let manifests = manifests(&scenario.world, objects);
+        let options = format!("{manifests} {options} --netns {}", scenario.pod.path().display());
+        only_finding(&audit(&scenario.srcip, &options, traffic), &scenario.pod)
+    };
+    let flag = format!("--load-balancer {}", middle.address(Family::V4));
+    let finding = audit(&[pod.clone(), service.clone()], &flag);
+    assert_eq!(finding["cause"], "load-balancer", "{finding:#}");
+    assert_eq!(finding["proxy_protocol"], Value::Null);
+    assert!(finding["steps"].to_string().contains("X-Forwarded-For"), "{finding:#}");
+    let key = "service.beta.kubernetes.io/aws-load-balancer-proxy-protocol";
+    service["metadata"]["annotations"] = json!({ key: "*" });
+    let finding = audit(&[pod.clone(), service], &flag);
+    assert_eq!(finding["proxy_protocol"], json!({ "namespace": "web", "name": "httpbin" }));
+    assert!(finding["steps"].to_string().contains("accept-proxy"), "{finding:#}");
+
+    let mut gateway = pod_manifest("gateway", &middle);
+    gateway["metadata"]["labels"] = json!({ "istio": "ingressgateway" });
+    let mut ingress = service_manifest();
+    ingress["metadata"]["name"] = "ingress".into();
+    ingress["spec"]["selector"] = json!({ "istio": "ingressgateway" });
+    let finding = audit(&[pod, gateway, ingress], "");
+    assert_eq!((finding["cause"].as_str(), finding["pod"].as_str()), (Some("gateway"), Some("web/gateway")));
+    assert!(finding["steps"].to_string().contains("X-Forwarded-For"), "{finding:#}");
+}
+
+/// `srcip explain` draws the hops of one connection, and marks where the address is lost.
+#[test]
+fn explain_draws_where_it_is_lost() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    let proxy = Proxy::start(&scenario.pod, Kind::EnvoyRedirect).unwrap();
+    scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
+    let to = scenario.pod.socket(Family::V4, PORT);
+    let explain = |options: &str| {
+        let mut connection = client::connect(&scenario.client, to).unwrap();
+        let seen = client::ask(&mut connection).unwrap();
+        let from = connection.local_addr().unwrap();
+        let cgroup = scenario.world.cgroup().display();
+        let text = scenario.srcip.run(&format!("explain --cgroup {cgroup} --wait 5s {options}")).unwrap();
+        (from, seen, text)
+    };
+    // The connection is open already.
+    let client = scenario.client.address(Family::V4);
+    let (from, seen, text) = explain(&format!("--from {client}"));
+    let lines: Vec<_> = text.lines().map(str::trim_end).collect();
+    assert!(lines[0].contains("client") && lines[0].ends_with(&from.to_string()), "{text}");
+    assert!(text.contains("REDIRECT to port 15006"), "{text}");
+    assert!(text.contains(&format!("connects from {}", seen.peer)), "{text}");
+    assert!(text.contains(&format!("sees {} at {to}", seen.peer)), "{text}");
+    assert_eq!(text.matches("is lost here").count(), 1, "{text}");
+    assert!(text.contains("sidecar-redirect: "), "{text}");
+
+    proxy.kill();
+    scenario.pod.sh("iptables -t nat -F PREROUTING").unwrap();
+    let _proxy = Proxy::start(&scenario.pod, Kind::Envoy).unwrap();
+    scenario.attach("");
+    let (from, seen, text) = explain(&format!("--to {to}"));
+    assert!(text.contains(&from.to_string()), "{text}");
+    assert!(text.contains("srcip steers to the proxy"), "{text}");
+    assert!(text.contains(&format!("sees {} at {to}", seen.peer)), "{text}");
+    assert!(!text.contains("is lost here") && text.contains("nothing needs doing"), "{text}");
+}
+
+/// The node in between, and what was asked for by the Service's node port.
+#[test]
+fn explain_draws_the_node_in_between() {
+    let cluster = Cluster::new();
+    let client = cluster.client.address(Family::V4);
+    let node = cluster.nodes[0].address(Family::V4);
+    let cgroup = cluster.world.cgroup().display();
+    let manifests = cluster.manifests();
+    let to = SocketAddr::new(node, 30080);
+    let mut connection = client::connect(&cluster.client, to).unwrap();
+    client::ask(&mut connection).unwrap();
+    let options = format!("--cgroup {cgroup} --wait 2s {manifests}");
+    let text = cluster.srcip.run(&format!("explain --from {client} --to {to} {options}")).unwrap();
+    assert!(text.contains("node a"), "{text}");
+    assert!(text.contains(&client.to_string()), "{text}");
+    assert!(text.contains(&format!("sees {node}:")), "{text}");
+    assert_eq!(text.matches("is lost here").count(), 1, "{text}");
+    assert!(text.contains("kubectl -n web patch service httpbin"), "{text}");
+    // Nobody connects to that port.
+    let output = cluster.srcip.output(&format!("explain --to {node}:30081 {options}")).unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no connection of a pod fits"));
+}
