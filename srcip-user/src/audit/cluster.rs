@@ -117,7 +117,7 @@ impl Cluster {
             let ips = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
             let mut all = ips.chain(status.pod_ip.as_deref()).filter_map(|ip| ip.parse::<IpAddr>().ok());
             // A pod on the host's network has the node's address, and is not this one.
-            !pod.spec.as_ref().is_some_and(|spec| spec.host_network == Some(true)) && all.any(&mut has)
+            pod.spec.as_ref().is_none_or(|spec| spec.host_network != Some(true)) && all.any(&mut has)
         })
     }
 

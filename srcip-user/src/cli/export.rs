@@ -149,12 +149,12 @@ async fn run(dataplane: &Dataplane, settings: Settings, metrics: Option<SocketAd
     // whatever it is at.
     let _second = stop_on_signal()?;
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let server = metrics.map(Server::bind).transpose()?;
     let mut exporter = Exporter::start(dataplane, settings)?;
-    let serving = match metrics {
-        Some(address) => {
-            let server = Server::bind(address, exporter.metrics(), dataplane.clone())?;
+    let serving = match server {
+        Some(server) => {
             eprintln!("metrics at http://{}/metrics", server.address()?);
-            Some(tokio::spawn(server.run()))
+            Some(tokio::spawn(server.run(exporter.metrics(), dataplane.clone())))
         }
         None => None,
     };

@@ -119,8 +119,8 @@ impl AccessLog {
 fn open_file(path: &Path, settings: &Settings) -> Result<RotatingFile> {
     RotatingFile::open(path, settings.max_size, settings.max_files).with_context(|| {
         format!(
-            "cannot open the access log {}; it takes a file in a directory that exists and can be written \
-             to, or `-` for stdout",
+            "cannot open the access log {}; it takes a file that is no symbolic link, in a directory that \
+             exists and can be written to, or `-` for stdout",
             path.display()
         )
     })

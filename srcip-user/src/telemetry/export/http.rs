@@ -40,13 +40,11 @@ const PLAIN: &str = "text/plain; charset=utf-8";
 #[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
-    metrics: Arc<Metrics>,
-    dataplane: Dataplane,
 }
 
 impl Server {
     /// Listens. Inside a tokio runtime.
-    pub fn bind(address: SocketAddr, metrics: Arc<Metrics>, dataplane: Dataplane) -> Result<Self> {
+    pub fn bind(address: SocketAddr) -> Result<Self> {
         let listen = || -> std::io::Result<TcpListener> {
             let listener = std::net::TcpListener::bind(address)?;
             listener.set_nonblocking(true)?;
@@ -58,7 +56,7 @@ impl Server {
                  --metrics-address, or `none` for no metrics"
             )
         })?;
-        Ok(Self { listener, metrics, dataplane })
+        Ok(Self { listener })
     }
 
     /// Where it listens: the port is chosen now if none was asked for.
@@ -67,7 +65,7 @@ impl Server {
     }
 
     /// Serves for ever.
-    pub async fn run(self) {
+    pub async fn run(self, metrics: Arc<Metrics>, dataplane: Dataplane) {
         let mut connections: VecDeque<JoinHandle<()>> = VecDeque::new();
         loop {
             let stream = match self.listener.accept().await {
@@ -85,7 +83,7 @@ impl Server {
             {
                 oldest.abort();
             }
-            let serving = serve(stream, Arc::clone(&self.metrics), self.dataplane.clone());
+            let serving = serve(stream, Arc::clone(&metrics), dataplane.clone());
             connections.push_back(tokio::spawn(serving));
         }
     }

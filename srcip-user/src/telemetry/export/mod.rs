@@ -145,7 +145,13 @@ impl Sinks {
         })
     }
 
-    fn run(mut self, mut observer: Observer, stop: &AtomicBool) -> Result<()> {
+    fn run(mut self, observer: Observer, stop: &AtomicBool) -> Result<()> {
+        let result = self.follow(observer, stop);
+        self.close();
+        result
+    }
+
+    fn follow(&mut self, mut observer: Observer, stop: &AtomicBool) -> Result<()> {
         self.metrics.account(&observer.accounting()?, observer.open_connections());
         let (mut accounted, mut refreshed) = (Instant::now(), Instant::now());
         loop {
@@ -157,7 +163,7 @@ impl Sinks {
                 self.metrics.account(&observer.accounting()?, observer.open_connections());
             }
             if stopping || self.access_log.as_ref().is_some_and(AccessLog::is_closed) {
-                return self.close();
+                return Ok(());
             }
             if refreshed.elapsed() >= REFRESH_INTERVAL {
                 observer.refresh();
@@ -181,7 +187,7 @@ impl Sinks {
         }
     }
 
-    fn close(self) -> Result<()> {
+    fn close(self) {
         if let Some(log) = self.access_log {
             log.finish();
         }
@@ -189,6 +195,5 @@ impl Sinks {
         if let Some(otlp) = self.otlp {
             otlp.finish();
         }
-        Ok(())
     }
 }

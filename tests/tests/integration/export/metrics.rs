@@ -128,7 +128,7 @@ fn mistakes_are_explained() {
     for (options, parts) in [
         ("--metrics-address none", &["nothing to export", "--access-log"][..]),
         ("--metrics-address 9464", &["not an address with a port", "127.0.0.1:9464"]),
-        ("--metrics-address 192.0.2.1:9464", &["cannot serve metrics on 192.0.2.1:9464", "not available"]),
+        ("--metrics-address 192.0.2.1:9464", &["cannot serve metrics on 192.0.2.1:9464", "Cannot assign"]),
         ("--access-log-max-size 100MB", &["did you mean MiB"]),
         ("--access-log-max-files 0", &["0"]),
         ("--access-log-events never", &["open, close"]),
