@@ -176,8 +176,9 @@ fn stdout_that_nobody_reads_any_more_ends_it() {
 fn a_reader_that_stalls_holds_nothing_up() {
     let scenario = Scenario::tcp(Engine::SkLookup, Kind::HaproxyTcp);
     let mut command = command(&scenario, &[&scenario.pod], "--access-log -");
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-    scenario.world.node().wait_open(9464).unwrap();
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(said.any(|line| line.unwrap() == "exporting"));
     // A pipe has room for 64 KiB, some hundred lines.
     visit(&scenario, 150);
     let pod = scenario.pod.name();

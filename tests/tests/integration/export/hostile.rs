@@ -25,6 +25,11 @@ fn send(scenario: &Scenario, bytes: &[u8]) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// How many files and sockets it has open.
+fn descriptors(export: &Export) -> usize {
+    std::fs::read_dir(format!("/proc/{}/fd", export.process.pid())).unwrap().count()
+}
+
 #[test]
 fn other_requests_are_refused() {
     let scenario = Scenario::empty(Engine::SkLookup);
@@ -72,7 +77,12 @@ fn garbage_and_huge_heads_are_cut_off() {
 fn slow_clients_do_not_keep_others_out() {
     let scenario = Scenario::http(Engine::SkLookup, Kind::Haproxy);
     let export = Export::start(&scenario, "");
+    let before = descriptors(&export);
     let mut slow: Vec<_> = (0..100).map(|_| connect(&scenario)).collect();
+    // So many are held, and one that was just taken.
+    scrape(&scenario);
+    let held = descriptors(&export) - before;
+    assert!((16..=33).contains(&held), "{held}");
     let start = Instant::now();
     for (round, byte) in b"GET /metrics HTTP/1.1\r\nHost:".iter().enumerate() {
         for stream in slow.iter_mut().step_by(2) {
