@@ -26,10 +26,7 @@ use crate::{
     },
 };
 
-/// Export every connection: an access log, Prometheus metrics.
-///
-/// Runs until SIGINT or SIGTERM, or until nobody reads the access log on stdout any more. What is attached
-/// works without it. It loads its own watching program, which goes when the command ends.
+/// What to export, and where to.
 #[derive(Debug, Args)]
 pub(super) struct Export {
     #[command(flatten)]

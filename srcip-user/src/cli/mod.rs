@@ -58,6 +58,9 @@ enum Verb {
     /// Show connections as they come and go, with the client they come from.
     Observe(observe::Observe),
     /// Export every connection: an access log, Prometheus metrics.
+    ///
+    /// Runs until SIGINT or SIGTERM, or until nobody reads the access log on stdout any more. What is
+    /// attached works without it. It loads its own watching program, which goes when the command ends.
     Export(export::Export),
     /// Tell which workloads do not see their clients' addresses, where they are lost, and the cure.
     Audit(audit::AuditArgs),

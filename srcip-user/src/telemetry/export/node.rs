@@ -221,23 +221,13 @@ impl Collector for NodeCollector {
             "Entries that a map can have",
             maps(|m| m.max_entries),
         )?;
-        let mut single =
-            |name, help, metric: &dyn Fn(prometheus_client::encoding::MetricEncoder) -> _, kind| {
-                metric(encoder.encode_descriptor(name, help, None, kind)?)
-            };
-        single(
-            "srcip_status_errors",
-            "How often what is attached could not be read",
-            &|metric| ConstCounter::new(node.errors).encode(metric),
-            MetricType::Counter,
-        )?;
+        let help = "How often what is attached could not be read.";
+        let metric = encoder.encode_descriptor("srcip_status_errors", help, None, MetricType::Counter)?;
+        ConstCounter::new(node.errors).encode(metric)?;
         let age = node.read.map_or(f64::NAN, |read| read.elapsed().as_secs_f64());
-        single(
-            "srcip_status_age_seconds",
-            "How long ago what is attached was read",
-            &|metric| ConstGauge::new(age).encode(metric),
-            MetricType::Gauge,
-        )
+        let help = "How long ago what is attached was read.";
+        let metric = encoder.encode_descriptor("srcip_status_age_seconds", help, None, MetricType::Gauge)?;
+        ConstGauge::new(age).encode(metric)
     }
 }
 
@@ -260,7 +250,7 @@ pub(super) fn counters<L: EncodeLabelSet>(
     if values.peek().is_none() {
         return Ok(());
     }
-    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    let mut family = encoder.encode_descriptor(name, &format!("{help}."), None, MetricType::Counter)?;
     for (labels, value) in values {
         ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
     }
@@ -278,7 +268,7 @@ fn gauges<L: EncodeLabelSet>(
     if values.peek().is_none() {
         return Ok(());
     }
-    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    let mut family = encoder.encode_descriptor(name, &format!("{help}."), None, MetricType::Gauge)?;
     for (labels, value) in values {
         ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(family.encode_family(&labels)?)?;
     }
