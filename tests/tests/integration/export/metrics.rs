@@ -1,6 +1,11 @@
 //! What the metrics say is what was sent.
 
-use nix::sys::signal::Signal;
+use std::time::{Duration, Instant};
+
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::signal::Signal,
+};
 use srcip_tests::{
     Family, peer,
     process::sh,
@@ -108,12 +113,35 @@ fn a_signal_ends_it() {
         let mut export = Export::start(&scenario, "");
         assert_ne!(attached(), before, "it watches");
         export.process.signal(signal).unwrap();
-        let status = export.process.wait(std::time::Duration::from_secs(10)).unwrap();
+        let status = export.process.wait(Duration::from_secs(10)).unwrap();
         assert_clean(status, &export.process.log());
         assert_eq!(attached(), before, "{signal}");
     }
     // What is attached goes on.
     visit(&scenario, 1);
+}
+
+/// A command that holds the instance's lock, and hangs: connections are counted, metrics served, and a
+/// signal ends the exporter.
+#[test]
+fn a_command_that_hangs_holds_nothing_up() {
+    let scenario = Scenario::tcp(Engine::SkLookup, Kind::HaproxyTcp);
+    let export = Export::start(&scenario, "");
+    let pins = std::fs::File::open(scenario.srcip.pin_path()).unwrap();
+    let lock = Flock::lock(pins, FlockArg::LockExclusive).unwrap();
+    let status = |page: &str| value(page, "srcip_status_age_seconds");
+    let asked = Instant::now();
+    assert!(status(&scrape(&scenario)).unwrap().is_nan(), "it cannot be read");
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    // Until pods have been looked for again, which reads what is attached.
+    std::thread::sleep(Duration::from_secs(6));
+    visit(&scenario, 3);
+    wait_for_value(&scenario, &connections(scenario.pod.name(), "downstream", "true"), 3.);
+    let another = Export::start(&scenario, "--metrics-address 127.0.0.1:9465");
+    another.stop();
+    drop(lock);
+    super::wait_for("status is read", || status(&scrape(&scenario)).filter(|age| !age.is_nan()));
+    export.stop();
 }
 
 #[test]
