@@ -41,6 +41,6 @@ map_types! {
     keys::ListenerKey: 16,
     keys::RegisteredKey: 16,
     pod::Pod: 8232,
-    telemetry::Event: 104,
-    telemetry::WatchCounters: 40,
+    telemetry::Event: 96,
+    telemetry::WatchCounters: 32,
 }

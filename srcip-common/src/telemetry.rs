@@ -23,7 +23,8 @@ pub const ABORTED: u8 = 3;
 
 /// One end of one TCP connection, when it opens and again when it closes.
 ///
-/// A connection inside a pod has two ends there, and each is told of.
+/// A connection inside a pod has two ends there. Both are told of, but for the accepting end of what
+/// srcip's steered proxy opens, which has nothing to say that the other end has not.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Event {
@@ -31,13 +32,11 @@ pub struct Event {
     pub netns: u64,
     /// Cookie of the socket, which the kernel never uses twice.
     pub socket: u64,
-    /// When it was established, in nanoseconds since boot.
-    pub opened_ns: u64,
-    /// When it was closed, in nanoseconds since boot; 0 while it is open.
-    pub closed_ns: u64,
-    /// Payload that the other end acknowledged, in bytes.
+    /// When it happened, in nanoseconds since boot.
+    pub time_ns: u64,
+    /// On close: payload that the other end acknowledged, in bytes.
     pub bytes_sent: u64,
-    /// Payload received in order, in bytes.
+    /// On close: payload received in order, in bytes.
     pub bytes_received: u64,
     /// This end's address.
     pub local: Address,
@@ -55,13 +54,16 @@ pub struct Event {
     pub mark: u32,
     /// [`OPEN`], [`CLOSE`].
     pub kind: u8,
-    /// [`PASSIVE`], [`ACTIVE`].
+    /// On open: [`PASSIVE`], [`ACTIVE`].
     pub role: u8,
-    /// [`NOBODY`], [`LOCAL`], [`REMOTE`], [`ABORTED`].
+    /// On close: [`LOCAL`], [`REMOTE`], [`ABORTED`].
     pub closed_by: u8,
     pub padding: u8,
     pub padding2: u32,
 }
+
+/// How many events the recorder keeps.
+pub const HISTORY_LENGTH: u32 = 16384;
 
 /// What the watching program counts, exactly: `opened` is the number of [`OPEN`] events that a reader
 /// got or will get, plus `opened_lost`; the same goes for `closed`.
@@ -76,17 +78,14 @@ pub struct WatchCounters {
     pub closed: u64,
     /// Of those, the ones whose event did not fit into the ring buffer.
     pub closed_lost: u64,
-    /// Connections that could not be followed for want of memory: opened, but never told of.
-    pub untracked: u64,
 }
 
 impl core::ops::AddAssign for WatchCounters {
     fn add_assign(&mut self, other: Self) {
-        let Self { opened, opened_lost, closed, closed_lost, untracked } = other;
+        let Self { opened, opened_lost, closed, closed_lost } = other;
         self.opened += opened;
         self.opened_lost += opened_lost;
         self.closed += closed;
         self.closed_lost += closed_lost;
-        self.untracked += untracked;
     }
 }

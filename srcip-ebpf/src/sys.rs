@@ -7,11 +7,10 @@ use core::ffi::{c_long, c_void};
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr, bpf_sock_tuple, sockaddr},
-    btf_maps::SkStorage,
+    bindings::{bpf_sock_addr, bpf_sock_tuple, sockaddr},
     helpers::generated::{
         bpf_bind, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_boot_ns, bpf_map_update_elem,
-        bpf_setsockopt, bpf_sk_release, bpf_sk_storage_get, bpf_skc_lookup_tcp,
+        bpf_setsockopt, bpf_sk_release, bpf_skc_lookup_tcp,
     },
     maps::SockHash,
 };
@@ -28,6 +27,7 @@ pub const SO_MARK: i32 = 36;
 /// TCP states by number: include/net/tcp_states.h, stable as user-space API.
 pub mod tcp_state {
     pub const SYN_SENT: u32 = 2;
+    pub const SYN_RECV: u32 = 3;
     pub const FIN_WAIT1: u32 = 4;
     pub const FIN_WAIT2: u32 = 5;
     pub const TIME_WAIT: u32 = 6;
@@ -188,24 +188,19 @@ pub fn increment(number: &u64) {
     }
 }
 
-/// What a program keeps with a socket; it goes when the socket does. Linux 5.4 in `sock_ops`.
+/// Adds one to a number in a map and returns what it was, for programs that share it. Linux 5.12.
 #[inline(always)]
-pub fn socket_storage<T>(map: &SkStorage<T>, socket: *mut bpf_sock) -> Option<*mut T> {
-    storage(map, socket, core::ptr::null_mut(), 0)
-}
-
-/// The same, made of `value` if there is none. `None` if there is no memory for it.
-#[inline(always)]
-pub fn new_socket_storage<T>(map: &SkStorage<T>, socket: *mut bpf_sock, mut value: T) -> Option<*mut T> {
-    storage(map, socket, &raw mut value, BPF_SK_STORAGE_GET_F_CREATE.into())
-}
-
-#[inline(always)]
-fn storage<T>(map: &SkStorage<T>, socket: *mut bpf_sock, value: *mut T, flags: u64) -> Option<*mut T> {
-    let map = core::ptr::from_ref(map).cast_mut().cast::<c_void>();
-    // SAFETY: verified: the map's own value type, and a socket of the context that is not null.
-    let stored = unsafe { bpf_sk_storage_get(map, socket.cast(), value.cast(), flags) };
-    (!stored.is_null()).then_some(stored.cast())
+pub fn fetch_increment(number: &u64) -> u64 {
+    let mut one = 1_u64;
+    // SAFETY: as in `increment`.
+    unsafe {
+        core::arch::asm!(
+            "{one} = atomic_fetch_add((u64 *)({number} + 0), {one})",
+            number = in(reg) number,
+            one = inout(reg) one,
+        );
+    }
+    one
 }
 
 /// Reads one field of a context, exactly where and when it is written.

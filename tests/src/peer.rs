@@ -44,6 +44,16 @@ fn start(host: &Host, verb: &str, addresses: &[&str]) -> Result<Process> {
     Ok(process)
 }
 
+/// Opens connections from `host` to a TCP application as fast as it goes; returns how many there were.
+pub fn hammer(host: &Host, to: SocketAddr, threads: usize, time: Duration) -> Result<usize> {
+    let mut command = host.command(&binary("srcip-peer").display().to_string())?;
+    command.args(["hammer", &to.to_string(), "--threads", &threads.to_string()]);
+    command.args(["--milliseconds", &time.as_millis().to_string()]);
+    let text = String::from_utf8(run(&mut command)?.stdout)?;
+    let count = text.trim().strip_prefix("opened ").with_context(|| format!("not an outcome: {text:?}"))?;
+    Ok(count.parse()?)
+}
+
 /// Asks the HTTP application at `to` once, from a process on `host`: what a pod does itself, so that
 /// srcip's hooks see it.
 pub fn ask(host: &Host, from: Option<SocketAddr>, to: SocketAddr) -> Result<Seen> {

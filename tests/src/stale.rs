@@ -39,7 +39,7 @@ fn is_stale(name: &str) -> bool {
     let runs = fs::read_link(format!("/proc/{pid}/exe")).ok();
     let is_ours = |exe: PathBuf| {
         let name = exe.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        name.starts_with("integration-") || name.starts_with("srcip-demo") || name.starts_with("bench-")
+        name.starts_with("integration-") || name.starts_with("srcip-demo") || name.starts_with("srcip-bench")
     };
     !runs.is_some_and(is_ours)
 }

@@ -17,7 +17,7 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-        BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock,
+        BPF_SOCK_OPS_STATE_CB_FLAG,
     },
     macros::sock_ops,
     programs::SockOpsContext,
@@ -27,8 +27,6 @@ use srcip_ebpf::{
     ends::Ends,
     sys::{self, field, tcp_state},
 };
-
-use crate::maps::{CONNECTIONS, Connection};
 
 #[sock_ops]
 pub fn srcip_watch(ctx: SockOpsContext) -> u32 {
@@ -44,91 +42,64 @@ pub fn srcip_watch(ctx: SockOpsContext) -> u32 {
 #[inline(always)]
 fn opened(ctx: &SockOpsContext, role: u8) {
     let netns = sys::netns_cookie(ctx);
-    if !maps::is_watched(netns) {
-        return;
-    }
-    let socket = field!(ctx.ops, __bindgen_anon_2.sk);
-    if socket.is_null() {
-        return;
-    }
-    let connection = Connection {
-        opened_ns: sys::boot_ns(),
-        // The SYN counts as a byte, on the side that sent it.
-        acked: field!(ctx.ops, bytes_acked),
-        received: field!(ctx.ops, bytes_received),
-        received_at_fin_wait2: 0,
-        role,
-        closed_by: NOBODY,
-        fin_received: 0,
-        padding: 0,
-        padding2: 0,
-    };
-    if sys::new_socket_storage(&CONNECTIONS, socket, connection).is_none() {
-        maps::count(|c| &c.untracked);
+    let Some(upstream_mark) = maps::watched(netns) else { return };
+    let mark = mark(ctx);
+    // The application's end of an upstream leg has its SYN's mark (net.ipv4.tcp_fwmark_accept).
+    if role == PASSIVE && mark != 0 && mark == upstream_mark {
         return;
     }
     let _ = ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG) as i32);
-    maps::emit(event(ctx, netns, socket, &connection, OPEN));
+    maps::emit(&Event { role, ..event(ctx, netns, mark, OPEN) });
 }
 
 #[inline(always)]
 fn changed(ctx: &SockOpsContext) {
-    let socket = field!(ctx.ops, __bindgen_anon_2.sk);
-    if socket.is_null() {
+    let (old, new) = (ctx.arg(0), ctx.arg(1));
+    if new == tcp_state::FIN_WAIT2 {
+        maps::note_received(sys::socket_cookie(ctx.as_ptr()), field!(ctx.ops, bytes_received));
         return;
     }
-    let Some(connection) = sys::socket_storage(&CONNECTIONS, socket) else { return };
-    // SAFETY: verified: inside the map's value, which lives as long as the socket. The socket is locked
-    // while its state changes, so nobody else is at it.
-    let connection = unsafe { &mut *connection };
-    let (old, new) = (ctx.arg(0), ctx.arg(1));
-    match new {
-        tcp_state::FIN_WAIT1 => connection.close_by(LOCAL),
-        tcp_state::CLOSE_WAIT => {
-            connection.close_by(REMOTE);
-            connection.fin_received = 1;
-        }
-        tcp_state::FIN_WAIT2 => connection.received_at_fin_wait2 = field!(ctx.ops, bytes_received),
-        tcp_state::CLOSING => connection.fin_received = 1,
-        tcp_state::CLOSE => {
-            connection.close_by(ABORTED);
-            // A socket that nobody holds any more leaves FIN_WAIT2 without the other end's FIN.
-            if old == tcp_state::FIN_WAIT2
-                && field!(ctx.ops, bytes_received) != connection.received_at_fin_wait2
-            {
-                connection.fin_received = 1;
-            }
-            let mut event = event(ctx, sys::netns_cookie(ctx), socket, connection, CLOSE);
-            event.closed_ns = sys::boot_ns();
-            // A FIN counts as a byte.
-            event.bytes_received = event.bytes_received.wrapping_sub(connection.fin_received.into());
-            let sent_fin = matches!(old, tcp_state::FIN_WAIT2 | tcp_state::CLOSING | tcp_state::LAST_ACK);
-            if sent_fin && field!(ctx.ops, snd_una) == field!(ctx.ops, snd_nxt) {
-                event.bytes_sent = event.bytes_sent.wrapping_sub(1);
-            }
-            maps::emit(event);
-        }
-        _ => {}
+    // Only of what has been established.
+    if new != tcp_state::CLOSE || old == tcp_state::SYN_SENT || old == tcp_state::SYN_RECV {
+        return;
     }
+    let netns = sys::netns_cookie(ctx);
+    if maps::watched(netns).is_none() {
+        return;
+    }
+    let mut event = event(ctx, netns, mark(ctx), CLOSE);
+    // A FIN counts as a byte, in either direction. The state tells whose came first, and what has come.
+    let (closed_by, fin_received, fin_sent) = match old {
+        tcp_state::LAST_ACK => (REMOTE, true, true),
+        tcp_state::CLOSING => (LOCAL, true, true),
+        // A socket that nobody holds any more leaves this state without the other end's FIN.
+        tcp_state::FIN_WAIT2 => {
+            let before = maps::take_received(event.socket);
+            (LOCAL, before.is_some_and(|before| before != event.bytes_received), true)
+        }
+        tcp_state::CLOSE_WAIT => (ABORTED, true, false),
+        _ => (ABORTED, false, false),
+    };
+    event.closed_by = closed_by;
+    if fin_received {
+        event.bytes_received = event.bytes_received.wrapping_sub(1);
+    }
+    if fin_sent && field!(ctx.ops, snd_una) == field!(ctx.ops, snd_nxt) {
+        event.bytes_sent = event.bytes_sent.wrapping_sub(1);
+    }
+    maps::emit(&event);
 }
 
 #[inline(always)]
-fn event(
-    ctx: &SockOpsContext,
-    netns: u64,
-    socket: *mut bpf_sock,
-    connection: &Connection,
-    kind: u8,
-) -> Event {
+fn event(ctx: &SockOpsContext, netns: u64, mark: u32, kind: u8) -> Event {
     let ops = ctx.ops;
     let Ends { local, remote } = Ends::read(ctx);
     Event {
         netns,
         socket: sys::socket_cookie(ctx.as_ptr()),
-        opened_ns: connection.opened_ns,
-        closed_ns: 0,
-        bytes_sent: field!(ops, bytes_acked).wrapping_sub(connection.acked),
-        bytes_received: field!(ops, bytes_received).wrapping_sub(connection.received),
+        time_ns: sys::boot_ns(),
+        bytes_sent: field!(ops, bytes_acked),
+        bytes_received: field!(ops, bytes_received),
         local: local.0,
         remote: remote.0,
         local_port: local.1,
@@ -136,13 +107,19 @@ fn event(
         // The kernel keeps it in eighths.
         srtt_us: field!(ops, srtt_us) >> 3,
         retransmits: field!(ops, total_retrans),
-        mark: field!(socket, mark),
+        mark,
         kind,
-        role: connection.role,
-        closed_by: connection.closed_by,
+        role: 0,
+        closed_by: NOBODY,
         padding: 0,
         padding2: 0,
     }
+}
+
+#[inline(always)]
+fn mark(ctx: &SockOpsContext) -> u32 {
+    let socket = field!(ctx.ops, __bindgen_anon_2.sk);
+    if socket.is_null() { 0 } else { field!(socket, mark) }
 }
 
 /// Dual MIT/GPL: some helpers are for GPL-compatible programs only.

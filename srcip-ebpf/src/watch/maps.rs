@@ -3,11 +3,10 @@
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_NO_PREALLOC, BPF_RB_NO_WAKEUP},
-    btf_maps::SkStorage,
-    macros::{btf_map, map},
-    maps::{HashMap, LruHashMap, PerCpuArray, RingBuf},
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
-use srcip_common::telemetry::{Event, NOBODY, OPEN, WatchCounters};
+use srcip_common::telemetry::{Event, HISTORY_LENGTH, OPEN, WatchCounters};
 use srcip_ebpf::sys;
 
 /// Tell by the ring buffer; 0 for the recorder, which only keeps [`HISTORY`].
@@ -26,73 +25,67 @@ static EXCEPT: Global<u64> = Global::new(0);
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(8 << 20, 0);
 
-/// The recorder's memory: the last connections by socket, each with its last event.
+/// The recorder's memory: the last events. Whoever writes one overwrites the oldest.
 #[map]
-static HISTORY: LruHashMap<u64, Event> = LruHashMap::with_max_entries(8192, 0);
+static HISTORY: Array<Event> = Array::with_max_entries(HISTORY_LENGTH, 0);
 
-/// Cookies of the network namespaces to watch.
+/// How many events the recorder has written.
 #[map]
-static WATCHED: HashMap<u64, u8> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+static HISTORY_COUNT: Array<u64> = Array::with_max_entries(1, 0);
+
+/// Cookies of network namespaces to watch, with the mark of their upstream legs; 0 if they have none.
+#[map]
+static WATCHED: HashMap<u64, u32> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
+
+/// What had been received by sockets that wait in FIN_WAIT2.
+#[map]
+static RECEIVED: LruHashMap<u64, u64> = LruHashMap::with_max_entries(16384, 0);
 
 /// How many events there were, and how many did not fit.
 #[map]
 static WATCH_COUNTERS: PerCpuArray<WatchCounters> = PerCpuArray::with_max_entries(1, 0);
 
-/// What is known of an open connection; goes with its socket.
-#[btf_map]
-pub static CONNECTIONS: SkStorage<Connection> = SkStorage::new();
-
-/// The value of [`CONNECTIONS`].
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Connection {
-    pub opened_ns: u64,
-    /// `bytes_acked` when it was established.
-    pub acked: u64,
-    /// `bytes_received` when it was established.
-    pub received: u64,
-    /// `bytes_received` when it entered FIN_WAIT2.
-    pub received_at_fin_wait2: u64,
-    pub role: u8,
-    pub closed_by: u8,
-    pub fin_received: u8,
-    pub padding: u8,
-    pub padding2: u32,
+/// Whether connections in this network namespace are to be told of: the mark of its upstream legs.
+#[inline(always)]
+pub fn watched(netns: u64) -> Option<u32> {
+    if let Some(mark) = WATCHED.get_ptr(netns) {
+        // SAFETY: verified: inside the map's value. Not preallocated, so it is freed only after an RCU
+        // grace period; programs run under RCU.
+        return Some(unsafe { mark.read_volatile() });
+    }
+    (WATCH_ALL.load() != 0 && netns != EXCEPT.load()).then_some(0)
 }
 
-impl Connection {
-    /// Notes who closed it, unless that is known.
-    #[inline(always)]
-    pub fn close_by(&mut self, who: u8) {
-        if self.closed_by == NOBODY {
-            self.closed_by = who;
-        }
-    }
+/// Notes what a socket had received when it entered FIN_WAIT2.
+#[inline(always)]
+pub fn note_received(socket: u64, bytes: u64) {
+    let _ = RECEIVED.insert(socket, bytes, 0);
+}
+
+/// The note again, which goes.
+#[inline(always)]
+pub fn take_received(socket: u64) -> Option<u64> {
+    // SAFETY: verified: inside the map's value. An LRU map may hand the element to another socket while it
+    // is read; the worst is a count that is wrong by one.
+    let bytes = unsafe { RECEIVED.get_ptr(socket)?.read_volatile() };
+    let _ = RECEIVED.remove(socket);
+    Some(bytes)
 }
 
 /// Adds one to a counter. Atomically: a program in process context may be interrupted by one in softirq on
 /// the same CPU, and no count may be lost.
 #[inline(always)]
-pub fn count(counter: impl FnOnce(&WatchCounters) -> &u64) {
+fn count(counter: impl FnOnce(&WatchCounters) -> &u64) {
     if let Some(counters) = WATCH_COUNTERS.get(0) {
         sys::increment(counter(counters));
     }
 }
 
-/// Whether connections in this network namespace are to be told of.
-#[inline(always)]
-pub fn is_watched(netns: u64) -> bool {
-    if WATCH_ALL.load() != 0 {
-        return netns != EXCEPT.load();
-    }
-    WATCHED.get_ptr(netns).is_some()
-}
-
 /// Tells, or keeps. Never waits: what does not fit is counted.
 #[inline(always)]
-pub fn emit(event: Event) {
+pub fn emit(event: &Event) {
     if TELL.load() == 0 {
-        let _ = HISTORY.insert(event.socket, event, 0);
+        keep(event);
         return;
     }
     // The reader looks several times a second by itself: waking it for each event would cost the
@@ -108,5 +101,16 @@ pub fn emit(event: Event) {
         if !told {
             count(|c| &c.closed_lost);
         }
+    }
+}
+
+#[inline(always)]
+fn keep(event: &Event) {
+    let Some(written) = HISTORY_COUNT.get(0) else { return };
+    let index = sys::fetch_increment(written) as u32 % HISTORY_LENGTH;
+    if let Some(place) = HISTORY.get_ptr_mut(index) {
+        // SAFETY: verified: inside the map's value. The place is this program's own until all others have
+        // been written once more; readers leave out those that may be overwritten while they read.
+        unsafe { place.write(*event) };
     }
 }

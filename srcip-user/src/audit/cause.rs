@@ -75,6 +75,19 @@ pub enum Keeper {
     OriginalSource,
 }
 
+impl Keeper {
+    /// Its name, as in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DirectRouting => "direct-routing",
+            Self::LocalPolicy => "local-policy",
+            Self::Srcip => "srcip",
+            Self::Tproxy => "tproxy",
+            Self::OriginalSource => "original-source",
+        }
+    }
+}
+
 /// A Service.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
 pub struct ServiceName {

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     audit::{
+        cause::Cause,
         cluster::Cluster,
         cure::Step,
         netfilter::{Mode, find_proxy},
@@ -159,13 +160,12 @@ fn text(report: &Report, wide: bool) -> String {
     text
 }
 
-const HEADER: [&str; 7] =
-    ["WORKLOAD", "PORT", "CONNECTIONS", "VERDICT", "APPLICATION SEES", "CLIENT", "CAUSE"];
+const HEADER: [&str; 7] = ["WORKLOAD", "PORT", "CONNECTIONS", "VERDICT", "APPLICATION SEES", "CLIENT", "WHY"];
 
 fn row(workload: &WorkloadReport, finding: &Finding) -> [String; 7] {
     let some = |list: Vec<String>, unknown: &str| match &list[..] {
         [] => unknown.to_owned(),
-        [one] => one.clone(),
+        [_] | [_, _] => list.join(","),
         [one, rest @ ..] => format!("{one} and {} more", rest.len()),
     };
     let strings =
@@ -177,7 +177,10 @@ fn row(workload: &WorkloadReport, finding: &Finding) -> [String; 7] {
         if finding.cause.loses() { "lost" } else { "preserved" }.to_owned(),
         some(strings(&finding.application_saw), "-"),
         some(strings(&finding.clients), "unknown here"),
-        finding.cause.name().to_owned(),
+        match finding.cause {
+            Cause::Preserved { by } => by.name().to_owned(),
+            _ => finding.cause.name().to_owned(),
+        },
     ]
 }
 

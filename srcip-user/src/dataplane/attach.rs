@@ -156,7 +156,7 @@ impl Dataplane {
         if let Some(cgroup) = &record.cgroup {
             // Steering does not need it: a kernel that refuses it is no reason to do without.
             let recorded = hooks::ensure_recorder(&self.pins, cgroup)
-                .and_then(|()| maps::record_pod(&self.pins, cookie, true));
+                .and_then(|()| maps::record_pod(&self.pins, cookie, Some(record.mark)));
             if let Err(error) = recorded {
                 warnings.push(format!("connections are not recorded for `srcip observe --last`: {error}"));
             }

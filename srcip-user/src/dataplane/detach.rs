@@ -134,7 +134,7 @@ impl Dataplane {
     /// Removes all that an attachment consists of, and the instance if it was the last one.
     pub(super) fn tear_down(&self, maps: &mut Maps, record: &Record, netns: Option<&Netns>) -> Result<()> {
         self.undo(record, netns)?;
-        record_pod(&self.pins, record.netns_cookie, false)?;
+        record_pod(&self.pins, record.netns_cookie, None)?;
         maps.forget(record.netns_cookie)?;
         self.remove_if_unused();
         Ok(())
@@ -143,7 +143,7 @@ impl Dataplane {
     /// Removes an attachment whose namespace has gone.
     pub(super) fn forget_gone(&self, maps: &mut Maps, record: &Record) -> Result<()> {
         self.undo(record, None)?;
-        record_pod(&self.pins, record.netns_cookie, false)?;
+        record_pod(&self.pins, record.netns_cookie, None)?;
         maps.forget(record.netns_cookie)
     }
 

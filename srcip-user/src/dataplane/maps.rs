@@ -12,7 +12,7 @@ use srcip_common::{
     counters::Counters,
     keys::{AddressKey, ConnectionKey, ListenerKey, RegisteredKey},
     pod::{Pod, STEER},
-    telemetry::Event,
+    telemetry::{Event, HISTORY_LENGTH},
 };
 
 use super::{
@@ -200,28 +200,37 @@ impl Maps {
     }
 }
 
+/// Events that may be overwritten while they are read are not: so many of the oldest.
+const AT_RISK: u64 = 128;
+
 /// What the recorder remembers.
 pub(super) fn read_history(pins: &Pins) -> Result<Vec<Event>> {
     let path = pins.maps().join("HISTORY");
     if !path.exists() {
         return Ok(Vec::new());
     }
-    let history: HashMap<MapData, u64, Event> = open(&path, Map::LruHashMap)?;
-    // One that is evicted while this goes on is not there any more: no error.
-    Ok(history.iter().filter_map(Result::ok).map(|(_, event)| event).collect())
+    let history: Array<MapData, Event> = open(&path, Map::Array)?;
+    let count: Array<MapData, u64> = open(&pins.maps().join("HISTORY_COUNT"), Map::Array)?;
+    let written = count.get(&0, 0).bpf(|| "read the map HISTORY_COUNT".to_owned())?;
+    let length = u64::from(HISTORY_LENGTH);
+    let first = written.saturating_sub(length - AT_RISK);
+    (first..written)
+        .map(|number| history.get(&((number % length) as u32), 0).bpf(|| format!("read {}", path.display())))
+        // One that is being written just now is not there yet.
+        .filter(|event| event.as_ref().map_or(true, |event| event.kind != 0))
+        .collect()
 }
 
-/// Tells the recorder whether to remember a pod's connections.
-pub(super) fn record_pod(pins: &Pins, cookie: NetnsCookie, wanted: bool) -> Result<()> {
+/// Tells the recorder to remember a pod's connections, whose upstream legs have a mark, or not to.
+pub(super) fn record_pod(pins: &Pins, cookie: NetnsCookie, mark: Option<u32>) -> Result<()> {
     let path = pins.maps().join("WATCHED");
     if !path.exists() {
         return Ok(());
     }
-    let mut watched: HashMap<MapData, u64, u8> = open(&path, Map::HashMap)?;
-    if wanted {
-        watched.insert(cookie.0, 1, 0).bpf(|| "write the map WATCHED".to_owned())
-    } else {
-        tolerate_missing(watched.remove(&cookie.0))
+    let mut watched: HashMap<MapData, u64, u32> = open(&path, Map::HashMap)?;
+    match mark {
+        Some(mark) => watched.insert(cookie.0, mark, 0).bpf(|| "write the map WATCHED".to_owned()),
+        None => tolerate_missing(watched.remove(&cookie.0)),
     }
 }
 

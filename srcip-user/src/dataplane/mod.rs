@@ -64,7 +64,7 @@ impl Dataplane {
         Ok(records)
     }
 
-    /// The last connections of steered pods, in no order: each with its last event.
+    /// The last events of steered pods, as the recorder has kept them.
     pub fn history(&self) -> Result<Vec<Event>> {
         let Some(_lock) = self.pins.lock()? else { return Ok(Vec::new()) };
         Maps::check_layout(&self.pins)?;

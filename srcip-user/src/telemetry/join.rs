@@ -163,7 +163,7 @@ impl Joiner {
             leg: Leg::Local,
             local,
             remote,
-            opened_ns: event.opened_ns,
+            opened_ns: event.time_ns,
             mark: event.mark,
             active: event.role == ACTIVE,
             partner: None,
@@ -193,7 +193,7 @@ impl Joiner {
                 *self.into.entry(netns).or_default() += 1;
             }
         }
-        let record = Self::record(&open, EventKind::Open, clock.time(event.opened_ns));
+        let record = Self::record(&open, EventKind::Open, clock.time(event.time_ns));
         self.open.insert(event.socket, open);
         Some(record)
     }
@@ -291,9 +291,10 @@ impl Joiner {
         self.pool(event.socket);
         let open = self.forget(event.socket)?;
         let totals = Totals {
-            bytes_sent: event.bytes_sent,
+            // The SYN counts as a byte, for the side that sent it.
+            bytes_sent: event.bytes_sent.saturating_sub(open.active.into()),
             bytes_received: event.bytes_received,
-            duration_ms: event.closed_ns.saturating_sub(event.opened_ns) as f64 / 1e6,
+            duration_ms: event.time_ns.saturating_sub(open.opened_ns) as f64 / 1e6,
             rtt_us: event.srtt_us,
             retransmits: event.retransmits,
             closed_by: match event.closed_by {
@@ -302,7 +303,7 @@ impl Joiner {
                 _ => ClosedBy::Aborted,
             },
         };
-        let mut record = Self::record(&open, EventKind::Close, clock.time(event.closed_ns));
+        let mut record = Self::record(&open, EventKind::Close, clock.time(event.time_ns));
         record.totals = Some(totals);
         Some(record)
     }

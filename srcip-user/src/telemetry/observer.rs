@@ -55,14 +55,12 @@ pub struct Accounting {
     pub closed_delivered: u64,
     /// Of those, the ones whose event did not fit into the ring buffer.
     pub closed_lost: u64,
-    /// Connections that the kernel had no memory to follow.
-    pub untracked: u64,
 }
 
 impl Accounting {
     /// Events that were lost.
     pub fn lost(&self) -> u64 {
-        self.opened_lost + self.closed_lost + self.untracked
+        self.opened_lost + self.closed_lost
     }
 }
 
@@ -111,6 +109,7 @@ impl Observer {
             lost: 0,
             swept: Instant::now(),
         };
+        mark_upstream_legs(&mut observer.watch, &observer.workloads)?;
         observer.take_in_what_is_open();
         Ok(observer)
     }
@@ -139,17 +138,9 @@ impl Observer {
 
     /// What became of the events.
     pub fn accounting(&self) -> Result<Accounting> {
-        let WatchCounters { opened, opened_lost, closed, closed_lost, untracked } = self.watch.counters()?;
+        let WatchCounters { opened, opened_lost, closed, closed_lost } = self.watch.counters()?;
         let (opened_delivered, closed_delivered) = self.delivered;
-        Ok(Accounting {
-            opened,
-            opened_delivered,
-            opened_lost,
-            closed,
-            closed_delivered,
-            closed_lost,
-            untracked,
-        })
+        Ok(Accounting { opened, opened_delivered, opened_lost, closed, closed_delivered, closed_lost })
     }
 
     /// The pods.
@@ -171,6 +162,8 @@ impl Observer {
     pub fn refresh(&mut self) {
         if self.all {
             self.workloads.refresh(&self.dataplane);
+            // Without it, more is told than needs to be, and nothing goes wrong.
+            let _ = mark_upstream_legs(&mut self.watch, &self.workloads);
         }
     }
 
@@ -232,6 +225,12 @@ impl Observer {
     }
 }
 
+/// Of an upstream leg that srcip has marked, one end is enough.
+fn mark_upstream_legs(watch: &mut Watch, workloads: &Workloads) -> Result<()> {
+    let steered = workloads.iter().filter(|(_, workload)| workload.attached);
+    steered.into_iter().try_for_each(|(cookie, workload)| watch.watch(cookie, workload.mark))
+}
+
 fn sockets_of(netns: &std::path::Path) -> Vec<TcpSocket> {
     let sockets = Netns::open(netns).ok().and_then(|netns| netns.run(tcp_sockets).ok());
     sockets.and_then(Result::ok).unwrap_or_default()
@@ -241,8 +240,7 @@ fn open_event(netns: NetnsCookie, socket: u64, of: &TcpSocket, role: u8) -> Even
     Event {
         netns: netns.0,
         socket,
-        opened_ns: 0,
-        closed_ns: 0,
+        time_ns: 0,
         bytes_sent: 0,
         bytes_received: 0,
         local: of.local.ip().into(),

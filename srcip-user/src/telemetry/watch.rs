@@ -34,6 +34,7 @@ pub struct Watch {
     _object: Ebpf,
     events: RingBuf<MapData>,
     counters: PerCpuArray<MapData, WatchCounters>,
+    watched: HashMap<MapData, u64, u32>,
 }
 
 impl std::fmt::Debug for Watch {
@@ -52,18 +53,8 @@ impl Watch {
         let mut object = EbpfLoader::new()
             .override_global("WATCH_ALL", &all, true)
             .override_global("EXCEPT", &except, true)
-            // Only the recorder keeps a history.
-            .map_max_entries("HISTORY", 1)
             .load(WATCH_OBJECT)
             .map_err(object_error)?;
-        if let Scope::Only(cookies) = scope {
-            let map = object.map_mut("WATCHED").ok_or_else(|| missing("WATCHED"))?;
-            let mut watched =
-                HashMap::<_, u64, u8>::try_from(map).bpf(|| "use the map WATCHED".to_owned())?;
-            for cookie in cookies {
-                watched.insert(cookie.0, 1, 0).bpf(|| "write the map WATCHED".to_owned())?;
-            }
-        }
         let directory = File::open(cgroup).file("open the cgroup", cgroup)?;
         let program: &mut SockOps = crate::dataplane::object::program(&mut object, PROGRAM)?;
         program.load().map_err(|error| load_error(PROGRAM, error))?;
@@ -73,7 +64,18 @@ impl Watch {
         // Only now: a map that is taken out before is not found by the program.
         let events = take_map(&mut object, "EVENTS")?;
         let counters = take_map(&mut object, "WATCH_COUNTERS")?;
-        Ok(Self { _object: object, events, counters })
+        let watched = take_map(&mut object, "WATCHED")?;
+        let mut watch = Self { _object: object, events, counters, watched };
+        if let Scope::Only(cookies) = scope {
+            cookies.iter().try_for_each(|cookie| watch.watch(*cookie, 0))?;
+        }
+        Ok(watch)
+    }
+
+    /// Watches a network namespace, and leaves out the accepting end of its upstream legs, which bear
+    /// `mark`; 0 if they bear none.
+    pub fn watch(&mut self, netns: NetnsCookie, mark: u32) -> Result<()> {
+        self.watched.insert(netns.0, mark, 0).bpf(|| "write the map WATCHED".to_owned())
     }
 
     /// Hands over what has been told since the last time; returns how many events that were.
@@ -106,6 +108,7 @@ pub(crate) fn load_recorder(maps: &Path) -> Result<Ebpf> {
         .override_global("TELL", &0_u8, true)
         .map_max_entries("EVENTS", 4096)
         .map_pin_path("HISTORY", maps.join("HISTORY"))
+        .map_pin_path("HISTORY_COUNT", maps.join("HISTORY_COUNT"))
         .map_pin_path("WATCHED", maps.join("WATCHED"))
         .load(WATCH_OBJECT)
         .map_err(object_error)

@@ -30,6 +30,8 @@ pub struct Workload {
     pub proxy: Option<ProxyPorts>,
     /// Whether srcip steers it.
     pub attached: bool,
+    /// The mark of its upstream legs, if srcip steers it; else 0.
+    pub mark: u32,
 }
 
 /// Which connections end at the proxy.
@@ -131,6 +133,7 @@ impl Workloads {
             addresses,
             proxy,
             attached: attachment.is_some(),
+            mark: attachment.map_or(0, |attachment| attachment.mark),
         }
     }
 }

@@ -39,6 +39,14 @@ enum Role {
     },
     /// Opens connections to a TCP application and closes each one once it has been greeted.
     Visit(Clients),
+    /// The same as fast as it goes, for a time; prints how many there were.
+    Hammer {
+        to: SocketAddr,
+        #[arg(long)]
+        threads: usize,
+        #[arg(long)]
+        milliseconds: u64,
+    },
 }
 
 #[derive(clap::Args)]
@@ -72,6 +80,9 @@ async fn main() -> Result<()> {
             Ok(())
         }
         Role::Visit(clients) => visit(clients).await,
+        Role::Hammer { to, threads, milliseconds } => {
+            hammer(to, threads, Duration::from_millis(milliseconds))
+        }
     }
 }
 
@@ -235,6 +246,37 @@ async fn open_all(clients: Clients, mut keep: impl FnMut(BufReader<TcpStream>)) 
 async fn visit(clients: Clients) -> Result<()> {
     // A reset leaves no TIME_WAIT on the port, so that the next run can use it again.
     open_all(clients, |stream| drop(stream.into_inner().set_zero_linger())).await
+}
+
+/// One blocking thread for each connection at a time: nothing of a runtime's is measured along.
+fn hammer(to: SocketAddr, threads: usize, time: Duration) -> Result<()> {
+    let end = std::time::Instant::now() + time;
+    let workers: Vec<_> = (0..threads)
+        .map(|_| {
+            std::thread::spawn(move || -> Result<usize> {
+                use std::io::Read as _;
+                let mut count = 0;
+                let mut greeting = [0; 256];
+                while std::time::Instant::now() < end {
+                    let mut stream = std::net::TcpStream::connect(to)?;
+                    stream.set_read_timeout(Some(PATIENCE))?;
+                    if stream.read(&mut greeting)? == 0 {
+                        bail!("closed without a greeting");
+                    }
+                    // A reset leaves no TIME_WAIT on the port.
+                    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+                    count += 1;
+                }
+                Ok(count)
+            })
+        })
+        .collect();
+    let mut total = 0;
+    for worker in workers {
+        total += worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))??;
+    }
+    println!("opened {total}");
+    Ok(())
 }
 
 async fn hold(clients: Clients) -> Result<()> {

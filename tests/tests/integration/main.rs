@@ -19,6 +19,7 @@ mod neighbours;
 mod origin;
 mod ports;
 mod proxy_down;
+mod soak;
 mod tcp;
 mod telemetry;
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
@@ -10,8 +11,16 @@ use serde_json::Value;
 use srcip_tests::{
     Family,
     client::{self, connect_here},
+    peer::Clients,
     process::Process,
     proxy::{Kind, Proxy},
+};
+use srcip_user::{
+    dataplane::Dataplane,
+    telemetry::{
+        observer::{Accounting, Observer, Options, POLL_INTERVAL},
+        record::{ClosedBy, EventKind, Leg, Record},
+    },
 };
 
 use crate::{
@@ -19,7 +28,7 @@ use crate::{
     scenario::{Engine, PORT, Scenario},
 };
 
-engines!(agrees_with_envoy_one_to_one, agrees_with_envoy_pooling);
+engines!(agrees_with_envoy_one_to_one, agrees_with_envoy_pooling, every_end_is_told_of);
 
 /// A client has this many addresses: as many clients.
 const CLIENTS: u8 = 50;
@@ -204,4 +213,159 @@ fn agrees_with_envoy_pooling(engine: Engine) {
     let compared = compare(&scenario, scenario.proxy.as_ref().unwrap(), &mut observe, 50 + 5000, true);
     assert_eq!(compared.lines, 10_000);
     assert!(compared.inferred > 0 && compared.exact > 0, "{} {}", compared.exact, compared.inferred);
+}
+
+/// An observer in this process, of one pod.
+fn observer(scenario: &Scenario) -> Observer {
+    let options = Options {
+        netns: vec![scenario.pod.path()],
+        cgroup: scenario.world.cgroup().to_owned(),
+        find_proxy: None,
+    };
+    Observer::start(&Dataplane::new(scenario.srcip.pin_path().to_owned()), &options).unwrap()
+}
+
+/// Reads until nothing more comes.
+fn drain(observer: &mut Observer, mut each: impl FnMut(Record)) {
+    let mut quiet = 0;
+    while quiet < 25 {
+        let count = observer.poll(&mut each).unwrap();
+        quiet = if count == 0 { quiet + 1 } else { 0 };
+        std::thread::sleep(POLL_INTERVAL);
+    }
+}
+
+fn assert_all_accounted_for(accounting: &Accounting) {
+    assert_eq!(accounting.opened, accounting.opened_delivered + accounting.opened_lost, "{accounting:?}");
+    assert_eq!(accounting.closed, accounting.closed_delivered + accounting.closed_lost, "{accounting:?}");
+}
+
+/// Of a steered connection, the downstream and the upstream leg open and close once.
+fn every_end_is_told_of(engine: Engine) {
+    const CONNECTIONS: usize = 2000;
+    let scenario = Scenario::tcp(engine, Kind::HaproxyTcp);
+    let mut observer = observer(&scenario);
+    for family in Family::BOTH {
+        let to = scenario.pod.socket(family, PORT);
+        let opened = Clients::new(to, CONNECTIONS, 50).visit(&scenario.client).unwrap();
+        assert_eq!((opened.good, opened.errors.len()), (CONNECTIONS, 0), "{:?}", opened.errors.first());
+    }
+    let mut seen: HashMap<(Leg, bool), usize> = HashMap::new();
+    drain(&mut observer, |record| {
+        *seen.entry((record.leg, record.event == EventKind::Open)).or_default() += 1;
+        assert_ne!(record.preserved, Some(false), "{record:?}");
+        // The clients send nothing and are greeted: a SYN is no payload.
+        if let (Leg::Upstream, Some(totals)) = (record.leg, record.totals) {
+            assert_eq!(totals.bytes_sent, 0, "{record:?}");
+            assert!(totals.bytes_received > 20, "{record:?}");
+        }
+    });
+    let accounting = observer.accounting().unwrap();
+    assert_all_accounted_for(&accounting);
+    assert_eq!((accounting.opened_lost, accounting.closed_lost), (0, 0));
+    let ends = (2 * 2 * CONNECTIONS) as u64;
+    assert_eq!((accounting.opened, accounting.closed), (ends, ends));
+    for leg in [Leg::Downstream, Leg::Upstream] {
+        for open in [true, false] {
+            assert_eq!(seen.get(&(leg, open)), Some(&(2 * CONNECTIONS)), "{leg} {open} {seen:?}");
+        }
+    }
+    assert_eq!(observer.open_connections(), 0);
+}
+
+/// A reader that stalls loses events, and knows how many; no connection fails or waits for it.
+#[test]
+fn a_stalled_reader_loses_events_but_no_count() {
+    const CONNECTIONS: usize = 60_000;
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(srcip_tests::peer::echo(&scenario.pod, &["[::]:8000"]).unwrap());
+    let mut observer = observer(&scenario);
+    let to = scenario.pod.socket(Family::V4, PORT);
+    let opened = Clients::new(to, CONNECTIONS, 100).visit(&scenario.client).unwrap();
+    assert_eq!((opened.good, opened.errors.len()), (CONNECTIONS, 0), "{:?}", opened.errors.first());
+    let stalled = observer.accounting().unwrap();
+    assert!(stalled.opened_lost > 0 && stalled.closed_lost > 0, "the ring buffer holds more: {stalled:?}");
+    drain(&mut observer, |_| {});
+    let accounting = observer.accounting().unwrap();
+    assert_all_accounted_for(&accounting);
+    assert_eq!((accounting.opened, accounting.closed), (CONNECTIONS as u64, CONNECTIONS as u64));
+    // From here on it keeps up again.
+    let opened = Clients::new(to, 100, 10).visit(&scenario.client).unwrap();
+    assert_eq!(opened.good, 100);
+    drain(&mut observer, |_| {});
+    let after = observer.accounting().unwrap();
+    assert_eq!(after.opened_delivered, accounting.opened_delivered + 100);
+    assert_eq!(after.lost(), accounting.lost());
+}
+
+/// Payload is counted without SYN and FIN, whoever ends the connection, and who that was is told.
+#[test]
+fn bytes_and_ends() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(srcip_tests::peer::echo(&scenario.pod, &["[::]:8000"]).unwrap());
+    let http = srcip_tests::peer::application(&scenario.pod, &["[::]:8001"]).unwrap();
+    let mut observer = observer(&scenario);
+    let mut closed = |port: u16| {
+        let mut found = None;
+        for _ in 0..250 {
+            observer
+                .poll(|record| {
+                    let from = record.downstream_remote_address.map(|address| address.0.port());
+                    if record.event == EventKind::Close && from == Some(port) {
+                        found = record.totals;
+                    }
+                })
+                .unwrap();
+            if let Some(totals) = found {
+                return totals;
+            }
+            std::thread::sleep(POLL_INTERVAL);
+        }
+        panic!("the end of the connection from port {port} is not told of");
+    };
+    for (family, size) in [(Family::V4, 0), (Family::V4, 1), (Family::V6, 100_000), (Family::V4, 3_000_000)] {
+        let to = scenario.pod.socket(family, PORT);
+        let data = vec![7; size];
+        // The client ends its side; the application, when it has sent everything back, its own.
+        let stream = client::connect(&scenario.client, to).unwrap();
+        let port = stream.local_addr().unwrap().port();
+        let received = std::thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut all = Vec::new();
+                (&stream).read_to_end(&mut all).unwrap();
+                all.len()
+            });
+            (&stream).write_all(&data).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            reader.join().unwrap()
+        });
+        drop(stream);
+        let totals = closed(port);
+        assert_eq!((totals.bytes_sent, totals.bytes_received), (received as u64, size as u64), "{totals:?}");
+        assert_eq!(totals.closed_by, ClosedBy::Remote);
+
+        // The application ends it.
+        let to = SocketAddr::new(to.ip(), 8001);
+        let mut stream = client::connect(&scenario.client, to).unwrap();
+        let port = stream.local_addr().unwrap().port();
+        let request = b"GET /seen HTTP/1.1\r\nConnection: close\r\n\r\n";
+        stream.write_all(request).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        drop(stream);
+        let totals = closed(port);
+        assert_eq!(totals.bytes_sent, answer.len() as u64, "{totals:?}");
+        assert_eq!(totals.bytes_received, request.len() as u64, "{totals:?}");
+        assert_eq!(totals.closed_by, ClosedBy::Local);
+
+        // The client resets it.
+        let stream = client::connect(&scenario.client, to).unwrap();
+        let port = stream.local_addr().unwrap().port();
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(stream);
+        let totals = closed(port);
+        assert_eq!((totals.bytes_sent, totals.bytes_received), (0, 0), "{totals:?}");
+        assert_eq!(totals.closed_by, ClosedBy::Aborted);
+    }
+    drop(http);
 }
