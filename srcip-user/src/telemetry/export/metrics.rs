@@ -54,7 +54,7 @@ pub const fn max_series(workloads: usize) -> usize {
     let others = 6;
     let maps = 2 * super::node::MAX_MAPS;
     // Build, open connections, events, events lost, log lines and errors, status errors and age, OTLP.
-    let fixed = 1 + 1 + 2 + 3 + 1 + 2 + 1 + 1 + 3;
+    let fixed = 1 + 1 + 2 + 2 + 1 + 2 + 1 + 1 + 3;
     (workloads + 1) * per_workload + histograms + others + maps + fixed
 }
 
@@ -345,9 +345,8 @@ impl prometheus_client::collector::Collector for EventCollector {
             ),
             (
                 "srcip_events_lost",
-                "Events that did not fit into the ring buffer, and connections that the kernel had no \
-                 memory to follow (untracked)",
-                &[("open", all.opened_lost), ("close", all.closed_lost), ("untracked", all.untracked)],
+                "Events that did not fit into the ring buffer: the exporter was too slow",
+                &[("open", all.opened_lost), ("close", all.closed_lost)],
             ),
         ];
         for (name, help, values) in families {
