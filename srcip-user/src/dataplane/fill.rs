@@ -4,13 +4,12 @@ use std::path::Path;
 
 use aya::{
     Pod as MapValue,
-    maps::{HashMap, Map, MapData, MapError, SockHash},
+    maps::{Array, HashMap, Map, MapData, MapError, SockHash},
 };
 use serde::Serialize;
 use srcip_common::{
     keys::{AddressKey, ConnectionKey, ListenerKey, RegisteredKey},
     pod::Pod,
-    telemetry::Event,
 };
 
 use super::{
@@ -28,8 +27,7 @@ pub struct MapFill {
     pub entries: u64,
     /// How many it can have.
     pub max_entries: u64,
-    /// Whether the one that was not used for the longest makes room for a new one: being full is what such
-    /// a map is for.
+    /// Whether an old entry makes room for a new one: being full is what such a map is for.
     pub evicts: bool,
 }
 
@@ -43,7 +41,11 @@ const MAPS: [(&str, bool, Count); 6] = [
     }),
     ("REGISTERED", true, |path, max| count::<RegisteredKey, u8>(path, Map::LruHashMap, max)),
     ("PENDING", true, |path, max| count::<ConnectionKey, u64>(path, Map::LruHashMap, max)),
-    ("HISTORY", true, |path, max| count::<u64, Event>(path, Map::LruHashMap, max)),
+    ("HISTORY", true, |path, max| {
+        // An array, whose places are all there from the start.
+        let written: Array<MapData, u64> = open(&path.with_file_name("HISTORY_COUNT"), Map::Array)?;
+        Ok(written.get(&0, 0).bpf(|| "read the map HISTORY_COUNT".to_owned())?.min(max))
+    }),
 ];
 
 /// How many maps are looked at.

@@ -122,17 +122,15 @@ impl Metrics {
     }
 
     fn read_node(&self, dataplane: &Dataplane) {
-        let read = || -> Result<_> {
-            let attachments = dataplane.status()?.attachments.into_iter().map(Attached::from).collect();
-            Ok((attachments, dataplane.map_fill()?))
-        };
-        let result = read();
+        // Even if one of them cannot be read, the other is shown.
+        let (status, maps) = (dataplane.status(), dataplane.map_fill());
         let mut node = self.node.write().unwrap_or_else(PoisonError::into_inner);
         node.reading = false;
-        match result {
-            Ok((attachments, maps)) => {
-                (node.attachments, node.maps, node.read) = (attachments, maps, Some(Instant::now()));
-            }
+        let status = status.map(|status| {
+            node.attachments = status.attachments.into_iter().map(Attached::from).collect();
+        });
+        match status.and(maps) {
+            Ok(maps) => (node.maps, node.read) = (maps, Some(Instant::now())),
             Err(error) => {
                 if node.errors == 0 {
                     tracing::warn!(
