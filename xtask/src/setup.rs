@@ -35,7 +35,7 @@ struct Program {
     why: &'static str,
 }
 
-const PROGRAMS: [Program; 6] = [
+const PROGRAMS: [Program; 7] = [
     Program {
         name: "ip",
         package: "iproute2",
@@ -57,6 +57,13 @@ const PROGRAMS: [Program; 6] = [
         package: "bpftool",
         scope: Scope::Test,
         why: "the tests look at eBPF programs and maps with it, from outside",
+    },
+    // The same package has promtool.
+    Program {
+        name: "prometheus",
+        package: "prometheus",
+        scope: Scope::Test,
+        why: "the tests scrape srcip with it, and check the alerts",
     },
 ];
 
@@ -156,12 +163,15 @@ mod tests {
         assert_eq!(packages(Scope::Run, &[]), ["iproute2", "iptables"]);
         assert_eq!(
             packages(Scope::Test, &[]),
-            ["iproute2", "iptables", "haproxy", "nginx-light", "socat", "bpftool"]
+            ["iproute2", "iptables", "haproxy", "nginx-light", "socat", "bpftool", "prometheus"]
         );
     }
 
     #[test]
     fn a_program_that_is_there_is_not_installed_whatever_its_package() {
-        assert_eq!(packages(Scope::Test, &["ip", "nginx", "bpftool"]), ["iptables", "haproxy", "socat"]);
+        assert_eq!(
+            packages(Scope::Test, &["ip", "nginx", "bpftool", "prometheus"]),
+            ["iptables", "haproxy", "socat"]
+        );
     }
 }

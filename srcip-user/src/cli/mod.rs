@@ -6,6 +6,7 @@ mod cleanup;
 mod detach;
 mod doctor;
 mod explain;
+mod export;
 mod observe;
 mod output;
 mod status;
@@ -54,6 +55,7 @@ enum Verb {
     // No text here: it would take the place of the longer one that these have themselves.
     Observe(observe::Observe),
     Top(top::Top),
+    Export(export::Export),
     Audit(audit::AuditArgs),
     Explain(explain::ExplainArgs),
     Doctor(doctor::DoctorArgs),
@@ -103,6 +105,7 @@ pub fn main() -> ExitCode {
         Verb::Status(args) => args.run(&dataplane),
         Verb::Observe(args) => args.run(&dataplane),
         Verb::Top(args) => args.run(&dataplane),
+        Verb::Export(args) => args.run(&dataplane),
         Verb::Audit(args) => match args.run(&dataplane) {
             Ok(code) => return code,
             Err(error) => Err(error),
@@ -187,6 +190,7 @@ mod tests {
             "status",
             "observe",
             "top",
+            "export",
             "audit",
             "doctor",
             "cleanup",

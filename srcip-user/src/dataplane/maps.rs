@@ -251,7 +251,7 @@ fn decode(cookie: u64, value: &[u8; RECORD_SIZE]) -> Result<Record> {
     })
 }
 
-fn open<T: TryFrom<Map, Error = MapError>>(path: &Path, kind: fn(MapData) -> Map) -> Result<T> {
+pub(super) fn open<T: TryFrom<Map, Error = MapError>>(path: &Path, kind: fn(MapData) -> Map) -> Result<T> {
     let data = MapData::from_pin(path).bpf(|| format!("open the pinned map {}", path.display()))?;
     T::try_from(kind(data)).bpf(|| format!("use the pinned map {}", path.display()))
 }

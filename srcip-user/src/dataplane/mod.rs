@@ -1,13 +1,14 @@
 //! The data plane: what is in the kernel, and how it gets there and away again.
 //!
 //! - [`record`]: what an attachment is. [`pins`], [`maps`]: where it is kept.
-//! - [`attach`], [`detach`], [`status`]: what can be done with it.
+//! - [`attach`], [`detach`], [`status`]: what can be done with it. [`fill`]: how full its maps are.
 //! - [`engine`]: the two ways to steer, `sk_lookup` and `tc`; [`hooks`]: what both need on the node.
 
 pub mod attach;
 pub mod detach;
 pub mod engine;
 pub mod error;
+pub mod fill;
 pub mod hooks;
 pub mod maps;
 pub(crate) mod object;
@@ -46,6 +47,12 @@ impl Dataplane {
     pub fn records(&self) -> Result<Vec<Record>> {
         let Some(_lock) = self.pins.lock()? else { return Ok(Vec::new()) };
         self.records_locked()
+    }
+
+    /// The same for who only looks on, and must not wait for a command that is at work: what that changes
+    /// may be in it already, or not yet.
+    pub fn peek_records(&self) -> Result<Vec<Record>> {
+        if self.pins.exists() { self.records_locked() } else { Ok(Vec::new()) }
     }
 
     /// The same for who holds the lock. Only the one map is read: when an attach was interrupted early,

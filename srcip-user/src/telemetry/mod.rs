@@ -9,7 +9,9 @@
 //! - [`join`]: puts the two legs of a connection together.
 //! - [`record`]: what is told of a connection. [`filter`]: which ones are wanted.
 //! - [`observer`]: all of that together. [`history`]: connections from before.
+//! - [`export`]: access log, metrics, OpenTelemetry.
 
+pub mod export;
 pub mod filter;
 pub mod history;
 pub mod join;

@@ -72,7 +72,7 @@ impl Workloads {
     /// were not known.
     pub fn refresh(&mut self, dataplane: &Dataplane) -> Vec<NetnsCookie> {
         self.refreshed = Some(Instant::now());
-        let attachments = dataplane.records().unwrap_or_default();
+        let attachments = dataplane.peek_records().unwrap_or_default();
         let mut found = HashMap::new();
         let mut new = Vec::new();
         for netns in Netns::all().into_iter().filter(|netns| !netns.is_host()) {
@@ -90,7 +90,7 @@ impl Workloads {
     /// The same for given namespaces only.
     pub fn add(&mut self, netns: &Netns, dataplane: &Dataplane) -> Option<NetnsCookie> {
         let cookie = netns.cookie().ok()?;
-        let attachments = dataplane.records().unwrap_or_default();
+        let attachments = dataplane.peek_records().unwrap_or_default();
         let attachment = attachments.iter().find(|a| a.netns_cookie == cookie);
         let workload = self.describe(netns, cookie, attachment);
         self.known.insert(cookie, workload);

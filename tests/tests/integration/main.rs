@@ -10,6 +10,7 @@ mod cli;
 mod crash;
 mod detach;
 mod devices;
+mod export;
 mod instances;
 mod listeners;
 mod loopback;

@@ -11,7 +11,8 @@ use anyhow::{Context as _, Result, bail};
 use crate::{root, shell};
 
 /// Packages that start a service when they are installed, and its name.
-const SERVICES: [(&str, &str); 2] = [("haproxy", "haproxy"), ("nginx-light", "nginx")];
+const SERVICES: [(&str, &str); 3] =
+    [("haproxy", "haproxy"), ("nginx-light", "nginx"), ("prometheus", "prometheus")];
 
 /// A package to install, and the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
