@@ -14,15 +14,24 @@ use crate::maps::{self, LISTENERS, REGISTERED};
 pub fn assign(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool {
     // An IPv6 listener also takes IPv4 unless it is IPV6_V6ONLY; the kernel then answers
     // -EAFNOSUPPORT and the search goes on.
+    family == AF_INET && assign_of(ctx, netns, port, AF_INET) || assign_of(ctx, netns, port, AF_INET6)
+}
+
+/// The same for a pod without hooks, whose listeners nobody has registered but the `tc` engine itself.
+#[inline(always)]
+pub fn assign_unregistered(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool {
     family == AF_INET && assign_from(ctx, netns, port, AF_INET) || assign_from(ctx, netns, port, AF_INET6)
+}
+
+#[inline(always)]
+fn assign_of(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool {
+    // A family without listeners would cost as many lookups as there are slots.
+    maps::has_listened(ListenerKey { netns, port, family, slot: 0 }) && assign_from(ctx, netns, port, family)
 }
 
 #[inline(always)]
 fn assign_from(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool {
     let mut key = ListenerKey { netns, port, family, slot: 0 };
-    if !maps::has_listened(key) {
-        return false;
-    }
     while key.slot < LISTENER_SLOTS {
         if LISTENERS.redirect_sk_lookup(ctx, key, 0).is_ok() {
             return true;

@@ -156,7 +156,6 @@ fn hand_over_at(ctx: &TcContext, listener: Endpoint, packet: &Handover) -> bool 
                 family,
                 slot: LISTENER_SLOTS - 1,
             };
-            maps::note_listened(key);
             let _ = sys::store_socket(&LISTENERS, &key, socket, BPF_NOEXIST.into());
             *has_companion && BY_COMPANION.insert(connection, 1, 0).is_ok()
         };
@@ -183,7 +182,9 @@ pub fn srcip_tc_companion(ctx: SkLookupContext) -> u32 {
     };
     let key =
         ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port));
-    if BY_COMPANION.remove(key).is_err() || listeners::assign(&ctx, netns, pod.proxy_port, family) {
+    if BY_COMPANION.remove(key).is_err()
+        || listeners::assign_unregistered(&ctx, netns, pod.proxy_port, family)
+    {
         SK_PASS
     } else {
         // It was there a moment ago; the application must not have what was meant for it.

@@ -173,7 +173,7 @@ pub fn causes(record: &Record, around: Surroundings<'_>) -> Vec<Cause> {
         record.origin.map(|origin| origin.ip()).or((!is_inside(seen, around.workload)).then_some(seen));
     causes.extend(outside.and_then(|client| before_the_pod(client, around)));
     // Then what happens inside.
-    if record.leg == Leg::Upstream && record.preserved == Some(false) {
+    if record.leg != Leg::Direct && record.preserved == Some(false) {
         causes.push(inside_the_pod(seen, around));
     }
     if causes.is_empty() && record.preserved == Some(true) {

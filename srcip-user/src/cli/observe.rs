@@ -157,12 +157,16 @@ impl Observe {
         if self.follow {
             // Started before the past is read, so that nothing falls in between.
             let observer = Observer::start(dataplane, &self.target.options()?)?;
-            if self.since.is_some() || self.last.is_some() {
-                let until = Some(observer.started());
-                let records = past.records(dataplane, &filter, observer.workloads(), until)?;
+            // What is before this moment is the past, and not told of again.
+            let with_past = self.since.is_some() || self.last.is_some();
+            let from = with_past.then(|| observer.started());
+            if with_past {
+                let records = past.records(dataplane, &filter, observer.workloads(), from)?;
                 records.iter().for_each(|record| printer.print(record));
             }
-            follow(observer, &filter, &mut printer, &ending)?;
+            let wanted =
+                |record: &Record| filter.wants(record) && from.is_none_or(|from| record.time >= from);
+            follow(observer, wanted, &mut printer, &ending)?;
         } else {
             let workloads = past.workloads(dataplane)?;
             let records = past.records(dataplane, &filter, &workloads, None)?;
@@ -178,14 +182,19 @@ impl Observe {
 }
 
 /// Tells what happens until it is asked to end, or until nobody reads it any more.
-fn follow(mut observer: Observer, filter: &Filter, printer: &mut Printer, ending: &Ending) -> Result<()> {
+fn follow(
+    mut observer: Observer,
+    wanted: impl Fn(&Record) -> bool,
+    printer: &mut Printer,
+    ending: &Ending,
+) -> Result<()> {
     let mut lost = 0;
     let mut warned: Option<Instant> = None;
     loop {
         // Once more after the signal: what came before it is told.
         let last = ending.has_come();
         observer.poll(|record| {
-            if filter.wants(&record) {
+            if wanted(&record) {
                 printer.print(&record);
             }
         })?;
@@ -223,7 +232,7 @@ impl Past<'_> {
         Ok(workloads)
     }
 
-    /// Records of connections, oldest first; only of those that opened before `until`.
+    /// Records, oldest first; only of what happened before `until`.
     fn records(
         &self,
         dataplane: &Dataplane,
@@ -235,7 +244,7 @@ impl Past<'_> {
         // The recorder knows all steered pods of this node.
         records.retain(|record| {
             (self.netns.is_empty() || workloads.get(record.netns_cookie).is_some())
-                && until.is_none_or(|until| opened(record) <= until)
+                && until.is_none_or(|until| record.time < until)
                 && filter.wants(record)
         });
         if let Some(since) = self.since {
@@ -245,12 +254,6 @@ impl Past<'_> {
         let last = self.last.unwrap_or(if self.since.is_some() { usize::MAX } else { 20 });
         Ok(records.split_off(records.len().saturating_sub(last)))
     }
-}
-
-/// When a record's connection opened.
-fn opened(record: &Record) -> Timestamp {
-    let lasted = record.totals.map_or(0.0, |totals| totals.duration_ms * 1e6);
-    Timestamp(record.time.0.saturating_sub(lasted as u64))
 }
 
 /// `30s`, `5m`, `1h`, `2d`; a bare number is seconds.

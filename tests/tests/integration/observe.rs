@@ -1,7 +1,7 @@
 //! `srcip observe`: what it prints, when, and how it ends.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     time::{Duration, Instant},
 };
 
@@ -187,10 +187,11 @@ fn the_past(engine: Engine) {
     assert!(observe.wait().unwrap().0.success());
     let lines: Vec<Value> = observe.rest().iter().map(|l| serde_json::from_str(l).unwrap()).collect();
     assert!(lines.len() > 100, "{}", lines.len());
-    let mut seen = HashSet::new();
+    let mut seen = HashMap::new();
     for line in &lines {
         let what = format!("{} {}", line["event"], line["origin"]);
-        assert!(seen.insert(what), "told of twice: {line}");
+        let before = seen.insert(what, line);
+        assert_eq!(before, None, "told of twice: {line}");
     }
 }
 
