@@ -63,6 +63,17 @@ pub fn right(text: &str, columns: usize) -> String {
     " ".repeat(columns.saturating_sub(text.width())) + &text
 }
 
+/// A word as a shell takes it: unchanged if it is plain, else in single quotes. Rules and names come from
+/// pods and manifests, and end up in commands that people paste as root.
+pub fn shell_quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-._/:=,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -95,5 +106,15 @@ mod tests {
             prop_assert_eq!(width(&left(&text, columns)), columns);
             prop_assert!(!printable(&text).contains(char::is_control));
         }
+    }
+
+    #[test]
+    fn words_cannot_break_out_of_a_command() {
+        assert_eq!(shell_quoted("web-1.a"), "web-1.a");
+        assert_eq!(shell_quoted("!"), "'!'");
+        assert_eq!(shell_quoted("x; rm -rf /"), "'x; rm -rf /'");
+        assert_eq!(shell_quoted("$(id) `id`"), "'$(id) `id`'");
+        assert_eq!(shell_quoted("a'b"), r"'a'\''b'");
+        assert_eq!(shell_quoted(""), "''");
     }
 }

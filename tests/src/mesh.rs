@@ -3,20 +3,35 @@
 
 use std::net::IpAddr;
 
-/// What istio-init installs for inbound connections by default: NAT to the sidecar.
-pub const ISTIO_REDIRECT: &str = "\
-*nat
-:ISTIO_INBOUND - [0:0]
-:ISTIO_IN_REDIRECT - [0:0]
--A PREROUTING -p tcp -j ISTIO_INBOUND
--A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN
--A ISTIO_INBOUND -p tcp --dport 15090 -j RETURN
--A ISTIO_INBOUND -p tcp --dport 15021 -j RETURN
--A ISTIO_INBOUND -p tcp --dport 15020 -j RETURN
--A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT
--A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006
-COMMIT
-";
+use crate::Family;
+
+/// What istio-init installs by default: NAT to the sidecar, for what comes in, what goes out, and what the
+/// sidecar sends to its own pod. `uid` is the sidecar's user, whom these rules leave alone otherwise.
+pub fn istio_redirect(family: Family, uid: u32) -> String {
+    let (loopback, hidden) = match family {
+        Family::V4 => ("127.0.0.1/32", "127.0.0.6/32"),
+        Family::V6 => ("::1/128", "::6/128"),
+    };
+    format!(
+        "*nat\n:ISTIO_INBOUND - [0:0]\n:ISTIO_IN_REDIRECT - [0:0]\n:ISTIO_OUTPUT - [0:0]\n:ISTIO_REDIRECT - [0:0]\n\
+         -A PREROUTING -p tcp -j ISTIO_INBOUND\n\
+         -A OUTPUT -p tcp -j ISTIO_OUTPUT\n\
+         -A ISTIO_INBOUND -p tcp --dport 15008 -j RETURN\n\
+         -A ISTIO_INBOUND -p tcp --dport 15090 -j RETURN\n\
+         -A ISTIO_INBOUND -p tcp --dport 15021 -j RETURN\n\
+         -A ISTIO_INBOUND -p tcp --dport 15020 -j RETURN\n\
+         -A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT\n\
+         -A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006\n\
+         -A ISTIO_OUTPUT -s {hidden} -o lo -j RETURN\n\
+         -A ISTIO_OUTPUT ! -d {loopback} -o lo -p tcp ! --dport 15008 -m owner --uid-owner {uid} -j ISTIO_IN_REDIRECT\n\
+         -A ISTIO_OUTPUT -o lo -m owner ! --uid-owner {uid} -j RETURN\n\
+         -A ISTIO_OUTPUT -m owner --uid-owner {uid} -j RETURN\n\
+         -A ISTIO_OUTPUT -d {loopback} -j RETURN\n\
+         -A ISTIO_OUTPUT -j ISTIO_REDIRECT\n\
+         -A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports 15001\n\
+         COMMIT\n"
+    )
+}
 
 /// What it installs for `interceptionMode: TPROXY`; the rule and route for the mark come on top.
 pub const ISTIO_TPROXY: &str = "\

@@ -35,7 +35,7 @@ struct Program {
     why: &'static str,
 }
 
-const PROGRAMS: [Program; 7] = [
+const PROGRAMS: [Program; 8] = [
     Program {
         name: "ip",
         package: "iproute2",
@@ -57,6 +57,12 @@ const PROGRAMS: [Program; 7] = [
         package: "bpftool",
         scope: Scope::Test,
         why: "the tests look at eBPF programs and maps with it, from outside",
+    },
+    Program {
+        name: "nft",
+        package: "nftables",
+        scope: Scope::Test,
+        why: "the tests have srcip read the rules of a mesh that uses it",
     },
     // The same package has promtool.
     Program {

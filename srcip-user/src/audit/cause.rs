@@ -195,7 +195,8 @@ fn before_the_pod(client: IpAddr, around: Surroundings<'_>) -> Option<Cause> {
             .filter(|service| policy(service) == "Cluster")
             .map(ServiceName::from)
             .collect();
-        // Under Local, or without any such Service, nobody puts a node's address there but the node.
+        // Under Local, or without any such Service, nobody puts a node's address there but the node. Whether
+        // there is none can be known only of a pod that is known.
         let knows_services = !cluster.services.is_empty();
         return Some(if services.is_empty() && knows_services {
             Cause::NodeItself { node }
@@ -237,7 +238,8 @@ fn inside_the_pod(seen: IpAddr, around: Surroundings<'_>) -> Cause {
 fn keeper(record: &Record, around: Surroundings<'_>) -> Keeper {
     let Surroundings { workload, pod, interception, cluster } = around;
     if record.leg == Leg::Direct {
-        let local = cluster.external_services(pod).any(|service| policy(service) == "Local");
+        let local = (pod.is_some() || cluster.pods.is_empty())
+            && cluster.external_services(pod).any(|service| policy(service) == "Local");
         let outside = record.origin.is_some_and(|origin| cluster.pod(|ip| ip == origin.ip()).is_none());
         return if local && outside { Keeper::LocalPolicy } else { Keeper::DirectRouting };
     }

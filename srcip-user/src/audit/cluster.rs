@@ -121,7 +121,7 @@ impl Cluster {
         })
     }
 
-    /// The Services that let traffic from outside in, to a pod. Without a pod, those that select all.
+    /// The Services that let traffic from outside in, to a pod. Without a pod, those that may.
     pub fn external_services<'a>(&'a self, pod: Option<&'a Pod>) -> impl Iterator<Item = &'a Service> {
         self.services.iter().filter(move |service| {
             let Some(spec) = &service.spec else { return false };
@@ -159,7 +159,8 @@ fn selects(service: &Service, pod: Option<&Pod>) -> bool {
         // One that was named on the command line.
         return service.metadata.uid.is_none() && service.spec.as_ref().is_none_or(|s| s.ports.is_none());
     };
-    let Some(pod) = pod else { return false };
+    // Any may select a pod that is not known.
+    let Some(pod) = pod else { return true };
     let labels = pod.metadata.labels.as_ref();
     let same_namespace = service.metadata.namespace.as_deref().unwrap_or("default")
         == pod.metadata.namespace.as_deref().unwrap_or("default");

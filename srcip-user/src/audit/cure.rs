@@ -9,6 +9,7 @@ use super::{
     cause::{Cause, Keeper, ServiceName},
     netfilter::Interception,
 };
+use crate::text::shell_quoted;
 
 /// What to do.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -90,7 +91,7 @@ impl Cause {
                     "node {node} puts its own address in place of the client's: kube-proxy does that under \
                      externalTrafficPolicy: Cluster"
                 ),
-                snat(services),
+                snat(services, patient.pod.is_some()),
             ),
             Self::NodeItself { node } => (
                 format!(
@@ -136,14 +137,15 @@ fn original_source() -> Step {
 fn redirect(proxy_port: u16, patient: Patient<'_>) -> Vec<Step> {
     let Patient { netns, pod, interception, .. } = patient;
     // With a controller, the mesh does the rest: it configures the proxy and the rules of new pods.
-    if let Some(target) = pod.and_then(controller) {
+    if let Some(target) = pod.filter(|pod| is_istio(pod)).and_then(controller) {
         let patch = r#"{"spec":{"template":{"metadata":{"annotations":{"sidecar.istio.io/interceptionMode":"TPROXY"}}}}}"#;
         return vec![step(
             "Let the mesh configure the sidecar with original source. Its pods are made anew",
             vec![format!("kubectl {target} --type merge -p '{patch}'")],
         )];
     }
-    let inside = |command: &String| format!("nsenter --net={} {command}", netns.display());
+    let netns = shell_quoted(&netns.to_string_lossy());
+    let inside = |command: &String| format!("nsenter --net={netns} {command}");
     vec![
         original_source(),
         step("Take the REDIRECT away", interception.removal.iter().map(inside).collect()),
@@ -162,6 +164,16 @@ fn attach(patient: Patient<'_>, proxy_port: Option<u16>) -> String {
     )
 }
 
+/// Whether the sidecar is Istio's, which heeds the annotation.
+fn is_istio(pod: &Pod) -> bool {
+    let annotated =
+        pod.metadata.annotations.iter().flatten().any(|(key, _)| key == "sidecar.istio.io/status");
+    let spec = pod.spec.as_ref();
+    let containers =
+        spec.into_iter().flat_map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
+    annotated || containers.into_iter().any(|container| container.name == "istio-proxy")
+}
+
 /// `-n NAMESPACE patch KIND NAME` for what makes the pod.
 fn controller(pod: &Pod) -> Option<String> {
     let owner =
@@ -178,10 +190,10 @@ fn controller(pod: &Pod) -> Option<String> {
         "DaemonSet" => ("daemonset", owner.name.as_str()),
         _ => return None,
     };
-    Some(format!("-n {} patch {kind} {}", quoted(namespace), quoted(name)))
+    Some(format!("-n {} patch {kind} {}", shell_quoted(namespace), shell_quoted(name)))
 }
 
-fn snat(services: &[ServiceName]) -> Vec<Step> {
+fn snat(services: &[ServiceName], pod_is_known: bool) -> Vec<Step> {
     let what = "Let only nodes with a ready pod of the Service answer, with the client's address. The load \
                 balancer has to follow the Service's health check port";
     let patch = r#"{"spec":{"externalTrafficPolicy":"Local"}}"#;
@@ -193,8 +205,13 @@ fn snat(services: &[ServiceName]) -> Vec<Step> {
         )];
     }
     let patch = |service: &ServiceName| {
-        let (namespace, name) = (quoted(&service.namespace), quoted(&service.name));
+        let (namespace, name) = (shell_quoted(&service.namespace), shell_quoted(&service.name));
         format!("kubectl -n {namespace} patch service {name} --type merge -p '{patch}'")
+    };
+    let what = if pod_is_known {
+        what.to_owned()
+    } else {
+        format!("{what}. The pod is not in the manifests, so it may be any of these Services")
     };
     vec![step(what, services.iter().map(patch).collect())]
 }
@@ -215,27 +232,4 @@ fn load_balancer(proxy_protocol: Option<&ServiceName>) -> Vec<Step> {
             Vec::new(),
         ),
     ]
-}
-
-/// Names from manifests end up in a shell.
-fn quoted(name: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
-    if !name.is_empty() && name.chars().all(is_plain) {
-        name.to_owned()
-    } else {
-        format!("'{}'", name.replace('\'', r"'\''"))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_cannot_break_out_of_a_command() {
-        assert_eq!(quoted("web-1.a"), "web-1.a");
-        assert_eq!(quoted("x; rm -rf /"), "'x; rm -rf /'");
-        assert_eq!(quoted("a'b"), r"'a'\''b'");
-        assert_eq!(quoted(""), "''");
-    }
 }

@@ -14,7 +14,10 @@ use super::{
     cure::Cure,
     netfilter::Mode,
 };
-use crate::telemetry::record::{Join, Leg, Record};
+use crate::{
+    telemetry::record::{Join, Leg, Record},
+    text::printable,
+};
 
 /// One end that is asked for: an address, and a port if that matters.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -262,7 +265,7 @@ impl Explanation {
                 let bar = if j == 0 || i + 1 == self.hops.len() { "  " } else { "  │ " };
                 let pad = width + 4 - bar.chars().count();
                 // Writing to a String does not fail.
-                let _ = writeln!(text, "{bar}{name:<pad$}  {line}");
+                let _ = writeln!(text, "{bar}{:<pad$}  {}", printable(name), printable(line));
             }
         }
         text

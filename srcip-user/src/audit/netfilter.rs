@@ -8,7 +8,7 @@ use std::{collections::HashSet, process::Command};
 
 use serde::Serialize;
 
-use crate::{netns::Netns, telemetry::workload::ProxyPorts};
+use crate::{netns::Netns, telemetry::workload::ProxyPorts, text::shell_quoted};
 
 /// A way to take connections to a proxy.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
@@ -29,7 +29,8 @@ pub struct Interception {
     pub proxy_port: Option<u16>,
     /// The rules themselves, as their program prints them.
     pub rules: Vec<String>,
-    /// Commands that take them out of the packets' way, to be run in the network namespace.
+    /// Commands that delete them, to be run in the network namespace. Every word is quoted for a shell: a
+    /// pod may write into its rules what it likes.
     pub removal: Vec<String>,
     /// Why the rules could not be read.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,7 +57,7 @@ impl Interception {
                 found.merge(parse_iptables(&text, change));
             }
         }
-        if let Some(text) = run(netns, "nft", &["--stateless", "list", "ruleset"]) {
+        if let Some(text) = run(netns, "nft", &["--stateless", "--handle", "list", "ruleset"]) {
             any = true;
             found.merge(parse_nft(&text));
         }
@@ -163,68 +164,117 @@ fn parse_iptables(text: &str, program: &str) -> Interception {
     }
     let mut found = Interception::default();
     for entry in rules.iter().filter(|rule| rule.chain == "PREROUTING") {
-        let Some((mode, port, line)) = follow(&rules, entry) else { continue };
-        found.mode = found.mode.or(Some(mode));
-        found.proxy_port = found.proxy_port.or(Some(port));
-        found.rules.push(format!("{program} -t {}: {line}", entry.table));
-        // Without the first rule of the way nothing gets to the last.
-        let delete = entry.line.replacen("-A ", "-D ", 1);
-        found.removal.push(format!("{program} -t {} {delete}", entry.table));
+        for last in follow(&rules, entry) {
+            let Some((mode, port)) = last.takes_to() else { continue };
+            found.mode = found.mode.or(Some(mode));
+            found.proxy_port = found.proxy_port.or(Some(port));
+            if found.proxy_port != Some(port) {
+                continue;
+            }
+            // The last rule of the way, not the first: whatever else leads there does not any more either,
+            // as Istio's rule for what a pod sends to itself.
+            let words = words(last.line);
+            let delete: Vec<_> = words.iter().skip(1).map(|word| shell_quoted(word)).collect();
+            let command = format!("{program} -t {} -D {}", last.table, delete.join(" "));
+            if !found.removal.contains(&command) {
+                found.rules.push(format!("{program} -t {}: {}", last.table, last.line));
+                found.removal.push(command);
+            }
+        }
     }
     found
 }
 
-/// Follows a rule through the chains it leads to, to the first one that takes connections elsewhere.
-fn follow<'a>(rules: &[Rule<'a>], entry: &Rule<'a>) -> Option<(Mode, u16, &'a str)> {
-    if let Some((mode, port)) = entry.takes_to() {
-        return Some((mode, port, entry.line));
-    }
-    let mut seen = HashSet::new();
-    let mut chains = vec![entry.target];
-    while let Some(chain) = chains.pop() {
-        if !seen.insert(chain) {
-            continue;
-        }
-        for rule in rules.iter().filter(|rule| rule.table == entry.table && rule.chain == chain) {
-            if let Some((mode, port)) = rule.takes_to() {
-                return Some((mode, port, rule.line));
+/// The words of a rule as `iptables-save` writes them: in double quotes where there are blanks, with a
+/// backslash before what would end them.
+fn words(line: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut word: Option<String> = None;
+    let mut quoted = false;
+    let mut characters = line.chars();
+    while let Some(c) = characters.next() {
+        match c {
+            '"' => {
+                quoted = !quoted;
+                word.get_or_insert_default();
             }
-            chains.push(rule.target);
+            '\\' if quoted => word.get_or_insert_default().extend(characters.next()),
+            ' ' if !quoted => words.extend(word.take()),
+            c => word.get_or_insert_default().push(c),
         }
     }
-    None
+    words.extend(word);
+    words
 }
 
-/// Finds `redirect to :15006` and `tproxy to :15006` in chains at prerouting. Rules that iptables made are
-/// written differently there, and known from iptables already.
+/// Follows a rule through the chains it leads to, to those that take connections elsewhere.
+fn follow<'a, 'b>(rules: &'b [Rule<'a>], entry: &'b Rule<'a>) -> Vec<&'b Rule<'a>> {
+    let mut found = Vec::new();
+    let mut seen = HashSet::new();
+    let mut next = vec![entry];
+    while let Some(rule) = next.pop() {
+        if rule.takes_to().is_some() {
+            found.push(rule);
+        } else if seen.insert(rule.target) {
+            next.extend(rules.iter().filter(|r| r.table == entry.table && r.chain == rule.target));
+        }
+    }
+    found
+}
+
+/// A rule of `nft --handle list ruleset`.
+struct NftRule<'a> {
+    /// `inet mesh`.
+    table: &'a str,
+    chain: &'a str,
+    line: &'a str,
+    handle: &'a str,
+}
+
+/// Finds `redirect to :15006` and `tproxy to :15006` in chains at prerouting, and in those they lead to.
+/// Rules that iptables made are left to iptables.
 fn parse_nft(text: &str) -> Interception {
-    let mut found = Interception::default();
-    let mut table = String::new();
-    let mut at_prerouting = false;
+    let (mut table, mut chain) = ("", "");
+    let mut entries = Vec::new();
+    let mut rules = Vec::new();
     for line in text.lines().map(str::trim) {
+        let (line, handle) = line.rsplit_once(" # handle ").unwrap_or((line, ""));
         if let Some(rest) = line.strip_prefix("table ") {
-            table = rest.trim_end_matches(" {").to_owned();
-        } else if line.starts_with("chain ") {
-            at_prerouting = false;
-        } else if line.starts_with("type ") {
-            at_prerouting = line.contains("hook prerouting");
-        } else if at_prerouting {
-            let mode = match line {
-                _ if line.contains("redirect to ") => Mode::Redirect,
-                _ if line.contains("tproxy ") => Mode::Tproxy,
+            table = rest.trim_end_matches(['{', ' ']);
+        } else if let Some(rest) = line.strip_prefix("chain ") {
+            chain = rest.trim_end_matches(['{', ' ']);
+        } else if line.starts_with("type ") && line.contains("hook prerouting") {
+            // Only iptables writes it in capitals.
+            entries.extend((chain != "PREROUTING").then_some((table, chain)));
+        } else if !handle.is_empty() {
+            rules.push(NftRule { table, chain, line, handle });
+        }
+    }
+    let mut found = Interception::default();
+    let mut seen = HashSet::new();
+    while let Some((table, chain)) = entries.pop() {
+        if !seen.insert((table, chain)) {
+            continue;
+        }
+        for rule in rules.iter().filter(|rule| (rule.table, rule.chain) == (table, chain)) {
+            for verb in ["jump ", "goto "] {
+                if let Some((_, rest)) = rule.line.split_once(verb) {
+                    entries.extend(rest.split([' ', ',', '}']).next().map(|to| (table, to)));
+                }
+            }
+            let mode = match rule.line {
+                line if line.contains("redirect to ") => Mode::Redirect,
+                line if line.contains("tproxy ") => Mode::Tproxy,
                 _ => continue,
             };
-            let port = line
-                .rsplit_once(" to ")
-                .and_then(|(_, to)| first_port(to.split(' ').next()?.rsplit(':').next()?));
-            let Some(port) = port else { continue };
+            let to = rule.line.rsplit_once(" to ").and_then(|(_, to)| to.split(' ').next());
+            let Some(port) = to.and_then(|to| first_port(to.rsplit(':').next()?)) else { continue };
             found.mode = found.mode.or(Some(mode));
             found.proxy_port = found.proxy_port.or(Some(port));
-            found.rules.push(format!("nft {table}: {line}"));
-            // A single rule is deleted by a number that is not shown here; its table is the mesh's own.
-            let command = format!("nft delete table {table}");
-            if !found.removal.contains(&command) {
-                found.removal.push(command);
+            if found.proxy_port == Some(port) {
+                found.rules.push(format!("nft {table}: {}", rule.line));
+                let words = table.split(' ').chain([chain]).map(shell_quoted).collect::<Vec<_>>().join(" ");
+                found.removal.push(format!("nft delete rule {words} handle {}", shell_quoted(rule.handle)));
             }
         }
     }
@@ -243,7 +293,7 @@ mod tests {
         assert_eq!((found.mode, found.proxy_port), (Some(Mode::Redirect), Some(15006)));
         assert_eq!(
             found.removal,
-            ["iptables -t nat -D PREROUTING -p tcp -m tcp ! --dport 15006 -j REDIRECT --to-ports 15006"]
+            ["iptables -t nat -D PREROUTING -p tcp -m tcp '!' --dport 15006 -j REDIRECT --to-ports 15006"]
         );
     }
 
@@ -256,7 +306,10 @@ mod tests {
                         -A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports 15001\nCOMMIT\n";
         let found = parse_iptables(redirect, "iptables");
         assert_eq!((found.mode, found.proxy_port), (Some(Mode::Redirect), Some(15006)));
-        assert_eq!(found.removal, ["iptables -t nat -D PREROUTING -p tcp -j ISTIO_INBOUND"]);
+        assert_eq!(
+            found.removal,
+            ["iptables -t nat -D ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006"]
+        );
         let tproxy = "*mangle\n-A PREROUTING -p tcp -j ISTIO_INBOUND\n\
                       -A ISTIO_INBOUND -p tcp -j ISTIO_TPROXY\n\
                       -A ISTIO_TPROXY ! -d 127.0.0.1/32 -p tcp -j TPROXY --on-port 15006 --on-ip 0.0.0.0 \
@@ -278,15 +331,34 @@ mod tests {
     }
 
     #[test]
+    fn what_a_pod_writes_into_its_rules_stays_a_word() {
+        let text = "*nat\n-A PREROUTING -p tcp -m comment --comment \"$(touch /tmp/x) `id` \\\"a\\\" 'b'; c\" \
+                    -j REDIRECT --to-ports 15006\n";
+        let found = parse_iptables(text, "iptables");
+        assert_eq!(
+            found.removal,
+            [
+                r#"iptables -t nat -D PREROUTING -p tcp -m comment --comment '$(touch /tmp/x) `id` "a" '\''b'\''; c' -j REDIRECT --to-ports 15006"#
+            ]
+        );
+    }
+
+    #[test]
     fn native_nftables() {
-        let text = "table inet mesh {\n\tchain in {\n\t\ttype nat hook prerouting priority dstnat; policy accept;\n\
-                    \t\ttcp dport != 15006 redirect to :15006\n\t}\n\tchain out {\n\t\ttype nat hook output \
-                    priority 100;\n\t\ttcp dport 1-65535 redirect to :15001\n\t}\n}\n";
+        let text = "table inet mesh { # handle 1\n\tchain in { # handle 1\n\
+                    \t\ttype nat hook prerouting priority dstnat; policy accept;\n\
+                    \t\tmeta l4proto tcp jump inbound # handle 3\n\t}\n\
+                    \tchain inbound { # handle 2\n\t\ttcp dport != 15006 redirect to :15006 # handle 5\n\t}\n\
+                    \tchain out { # handle 6\n\t\ttype nat hook output priority 100;\n\
+                    \t\ttcp dport 1-65535 redirect to :15001 # handle 7\n\t}\n}\n";
         let found = parse_nft(text);
         assert_eq!((found.mode, found.proxy_port), (Some(Mode::Redirect), Some(15006)));
-        assert_eq!(found.removal, ["nft delete table inet mesh"]);
-        let tproxy = "table ip m {\n chain c {\n type filter hook prerouting priority mangle;\n \
-                      meta l4proto tcp tproxy to :15006 meta mark set 0x539\n }\n}\n";
+        assert_eq!(found.removal, ["nft delete rule inet mesh inbound handle 5"]);
+        let tproxy = "table ip m { # handle 1\n chain c { # handle 1\n type filter hook prerouting priority \
+                      mangle;\n meta l4proto tcp tproxy to :15006 meta mark set 0x539 # handle 2\n }\n}\n";
         assert_eq!(parse_nft(tproxy).mode, Some(Mode::Tproxy));
+        let iptables = "table ip nat { # handle 1\n chain PREROUTING { # handle 1\n type nat hook prerouting priority \
+               dstnat;\n tcp dport 80 redirect to :15006 # handle 2\n }\n}\n";
+        assert_eq!(parse_nft(iptables), Interception::default());
     }
 }

@@ -20,7 +20,7 @@ use crate::{
         cause::Cause,
         cluster::Cluster,
         cure::Step,
-        netfilter::{Mode, find_proxy},
+        netfilter::Mode,
         report::{Audit, Finding, Report, WorkloadReport},
     },
     dataplane::Dataplane,
@@ -29,6 +29,7 @@ use crate::{
         filter::parse_network,
         observer::{Observer, POLL_INTERVAL},
     },
+    text::printable,
 };
 
 /// Tell which workloads do not see their clients' addresses, where the address is lost, and what brings it
@@ -91,8 +92,7 @@ impl AuditArgs {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<std::process::ExitCode> {
         crate::privileges::require("audit")?;
         let cluster = self.cluster.cluster()?;
-        let mut options = self.target.options()?;
-        options.find_proxy = Some(find_proxy);
+        let options = self.target.options()?;
         let mut observer = Observer::start(dataplane, &options)?;
         let mut audit = Audit::new(cluster);
         let ending = Ending::watch()?;
@@ -170,7 +170,7 @@ fn row(workload: &WorkloadReport, finding: &Finding) -> [String; 7] {
     let strings =
         |ips: &std::collections::BTreeSet<std::net::IpAddr>| ips.iter().map(ToString::to_string).collect();
     [
-        workload.workload.clone(),
+        printable(&workload.workload),
         some(finding.ports.iter().map(u16::to_string).collect(), "-"),
         finding.connections.to_string(),
         if finding.cause.loses() { "lost" } else { "preserved" }.to_owned(),
@@ -186,7 +186,7 @@ fn row(workload: &WorkloadReport, finding: &Finding) -> [String; 7] {
 fn explain(text: &mut String, workload: &WorkloadReport, finding: &Finding, wide: bool) {
     let name = workload.pod.as_ref().unwrap_or(&workload.workload);
     // Writing to a String does not fail.
-    let _ = writeln!(text, "\n{name}: {}.", finding.cure.explanation);
+    let _ = writeln!(text, "\n{}: {}.", printable(name), printable(&finding.cure.explanation));
     if wide {
         match workload.interception.mode {
             Some(Mode::Redirect) => text.push_str("  Intercepted by REDIRECT:\n"),
@@ -194,11 +194,11 @@ fn explain(text: &mut String, workload: &WorkloadReport, finding: &Finding, wide
             None => {}
         }
         for rule in &workload.interception.rules {
-            let _ = writeln!(text, "    {rule}");
+            let _ = writeln!(text, "    {}", printable(rule));
         }
     }
     if let Some(why) = &workload.interception.unreadable {
-        let _ = writeln!(text, "  The rules in its network namespace are not known: {why}.");
+        let _ = writeln!(text, "  The rules in its network namespace are not known: {}.", printable(why));
     }
     text.push_str(&steps_text(&finding.cure.steps));
 }
@@ -209,9 +209,9 @@ pub(super) fn steps_text(steps: &[Step]) -> String {
     for (i, step) in steps.iter().enumerate() {
         let number = if steps.len() > 1 { format!("{}. ", i + 1) } else { String::new() };
         let colon = if step.commands.is_empty() { "." } else { ":" };
-        let _ = writeln!(text, "  {number}{}{colon}", step.what);
+        let _ = writeln!(text, "  {number}{}{colon}", printable(&step.what));
         for command in &step.commands {
-            let _ = writeln!(text, "       {command}");
+            let _ = writeln!(text, "       {}", printable(command));
         }
     }
     text

@@ -18,7 +18,7 @@ use crate::{
         cause::Surroundings,
         cluster::Cluster,
         explain::{End, Match, explain, matches},
-        netfilter::{Interception, find_proxy},
+        netfilter::Interception,
     },
     dataplane::Dataplane,
     netns::Netns,
@@ -28,6 +28,7 @@ use crate::{
         observer::{Observer, POLL_INTERVAL},
         record::{Leg, Record},
     },
+    text::printable,
 };
 
 /// Explain one connection: its hops, the address at each, and where it changes.
@@ -85,8 +86,7 @@ impl ExplainArgs {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         crate::privileges::require("explain")?;
         let cluster = self.cluster.cluster()?;
-        let mut options = self.target.options()?;
-        options.find_proxy = Some(find_proxy);
+        let options = self.target.options()?;
         let mut observer = Observer::start(dataplane, &options)?;
         let mut best = Best { from: self.from, to: self.to, cluster: &cluster, found: None };
         history(dataplane, observer.workloads())?.into_iter().for_each(|record| best.consider(record));
@@ -135,7 +135,11 @@ impl ExplainArgs {
             );
         }
         for finding in &explanation.findings {
-            text.push_str(&format!("\n{}: {}.\n", finding.cause.name(), finding.cure.explanation));
+            text.push_str(&format!(
+                "\n{}: {}.\n",
+                finding.cause.name(),
+                printable(&finding.cure.explanation)
+            ));
             text.push_str(&steps_text(&finding.cure.steps));
         }
         Ok(print(text.as_bytes())?)

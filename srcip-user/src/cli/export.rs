@@ -11,7 +11,6 @@ use clap::{Args, ValueEnum};
 
 use super::observe::TargetArgs;
 use crate::{
-    audit::netfilter::find_proxy,
     dataplane::Dataplane,
     signals::Ending,
     telemetry::{
@@ -111,9 +110,7 @@ impl Export {
                 if cfg!(feature = "otlp") { " or an --otlp-endpoint" } else { "" }
             );
         }
-        let mut observe = self.target.options()?;
-        // A mesh's own redirection loses clients: those pods count, too.
-        observe.find_proxy = Some(find_proxy);
+        let observe = self.target.options()?;
         let settings = Settings {
             observe,
             access_log: self.access_log.map(|target| access_log::Settings {

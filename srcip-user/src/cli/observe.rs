@@ -15,13 +15,14 @@ use ipnet::IpNet;
 
 use self::print::Printer;
 use crate::{
+    audit::netfilter::find_proxy,
     dataplane::{Dataplane, hooks::cgroup_root},
     netns::Netns,
     signals::Ending,
     telemetry::{
+        clock::Clock,
         filter::{Filter, parse_network},
         history::history,
-        join::Clock,
         observer::{Observer, Options, POLL_INTERVAL},
         record::{Leg, Record, Timestamp},
         workload::Workloads,
@@ -118,7 +119,7 @@ impl TargetArgs {
                      mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`"
                 )
             })?,
-            find_proxy: None,
+            find_proxy: Some(find_proxy),
         })
     }
 }

@@ -1,10 +1,6 @@
 //! Connections from before anybody looked: what the recorder has kept of steered pods.
 
-use super::{
-    join::{Clock, Joiner},
-    record::Record,
-    workload::Workloads,
-};
+use super::{clock::Clock, join::Joiner, record::Record, workload::Workloads};
 use crate::dataplane::{Dataplane, error::Result};
 
 /// Records of what the recorder remembers, oldest first. A connection that was opened before that is left

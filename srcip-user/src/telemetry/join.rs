@@ -16,10 +16,11 @@ use std::{
     sync::Arc,
 };
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use srcip_common::telemetry::{ACTIVE, Event, LOCAL, OPEN, REMOTE};
 
 use super::{
+    clock::Clock,
     record::{
         ClosedBy, DownstreamLocal, DownstreamRemote, EventKind, Join, Leg, Origin, Record, Rule, Timestamp,
         Totals, UpstreamHost, UpstreamLocal,
@@ -70,6 +71,9 @@ struct Partner {
 /// Open downstream connections, or upstream ones, by time: the first has waited longest.
 type ByTime = BTreeSet<(u64, Socket)>;
 
+/// How long a proxy may take to connect for a client that has gone: Envoy's `connect_timeout` is 5 s.
+const UNSERVED_NS: u64 = 10_000_000_000;
+
 /// Joins legs; keeps what is open and nothing else.
 #[derive(Debug, Default)]
 pub struct Joiner {
@@ -82,38 +86,18 @@ pub struct Joiner {
     into: FxHashMap<NetnsCookie, usize>,
     /// Upstream legs by the client's address.
     upstream_of_client: FxHashMap<(NetnsCookie, IpAddr), ByTime>,
+    /// Upstream legs that hide the client.
+    hidden_upstream: FxHashMap<NetnsCookie, ByTime>,
     /// Connections inside pods, from the end that connected.
     inside: FxHashMap<(NetnsCookie, SocketAddr, SocketAddr), Socket>,
-}
-
-/// From nanoseconds since boot to nanoseconds since 1970.
-#[derive(Clone, Copy, Debug)]
-pub struct Clock {
-    /// What to add.
-    pub offset_ns: u64,
-}
-
-impl Clock {
-    /// As it is now; the offset changes when somebody sets the clock.
-    pub fn now() -> Self {
-        let read = |clock| {
-            nix::time::clock_gettime(clock)
-                .map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64)
-        };
-        let boot = read(nix::time::ClockId::CLOCK_BOOTTIME);
-        Self { offset_ns: read(nix::time::ClockId::CLOCK_REALTIME).saturating_sub(boot) }
-    }
-
-    /// This moment, by the same clock.
-    pub fn current(self) -> Timestamp {
-        let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
-        self.time(boot.map_or(0, |t| t.tv_sec() as u64 * 1_000_000_000 + t.tv_nsec() as u64))
-    }
-
-    /// A moment.
-    pub fn time(self, boot_ns: u64) -> Timestamp {
-        Timestamp(boot_ns + self.offset_ns)
-    }
+    /// Connections that were open before anybody watched, by their ends: their sockets' numbers are made up.
+    before: FxHashMap<(NetnsCookie, SocketAddr, SocketAddr), Socket>,
+    /// When a client's connection last ended without an upstream leg: one may still be on its way.
+    unserved: FxHashMap<(NetnsCookie, IpAddr), u64>,
+    /// Pods whose proxy has connected from where only Istio's does.
+    istio: FxHashSet<NetnsCookie>,
+    /// Events were lost: a connection may be open that is not known, so nothing is exact any more.
+    incomplete: bool,
 }
 
 impl Joiner {
@@ -127,6 +111,18 @@ impl Joiner {
         self.open.is_empty()
     }
 
+    /// Whether nothing is kept of connections that are not open.
+    #[cfg(test)]
+    fn is_tidy(&self) -> bool {
+        self.of_client.is_empty()
+            && self.waiting.values().all(BTreeSet::is_empty)
+            && self.into.is_empty()
+            && self.upstream_of_client.is_empty()
+            && self.hidden_upstream.is_empty()
+            && self.inside.is_empty()
+            && self.before.is_empty()
+    }
+
     /// What there is to tell of the connections that are open.
     pub fn open_records(&self, clock: Clock) -> impl Iterator<Item = Record> {
         self.open.values().map(move |open| Self::record(open, EventKind::Open, clock.time(open.opened_ns)))
@@ -138,17 +134,43 @@ impl Joiner {
         if event.kind == OPEN { self.opened(event, clock, workloads) } else { self.closed(event, clock) }
     }
 
-    /// Forgets connections whose end was not told of. `exists` is asked for each.
-    pub fn retain(&mut self, mut exists: impl FnMut(NetnsCookie, SocketAddr, SocketAddr) -> bool) {
+    /// Events have been lost.
+    pub fn note_loss(&mut self) {
+        self.incomplete = true;
+    }
+
+    /// Takes in a connection that was open before anybody watched; `event` has a number made up for its
+    /// socket, and no time.
+    pub fn was_open(&mut self, event: &Event, clock: Clock, workloads: &Workloads) {
+        let local = socket_address(event.local, event.local_port);
+        let remote = socket_address(event.remote, event.remote_port);
+        if self.opened(event, clock, workloads).is_some() {
+            self.before.insert((NetnsCookie(event.netns), local, remote), event.socket);
+        }
+    }
+
+    /// Whether connections are known whose end may not be told of.
+    pub fn has_unwatched(&self) -> bool {
+        !self.before.is_empty()
+    }
+
+    /// Forgets connections whose end was not told of. `exists` is asked for each that was opened before
+    /// `listed_ns`, in nanoseconds since boot.
+    pub fn retain(
+        &mut self,
+        listed_ns: u64,
+        mut exists: impl FnMut(NetnsCookie, SocketAddr, SocketAddr) -> bool,
+    ) {
         let gone: Vec<Socket> = self
             .open
             .iter()
-            .filter(|(_, open)| !exists(open.netns, open.local, open.remote))
+            .filter(|(_, open)| open.opened_ns < listed_ns && !exists(open.netns, open.local, open.remote))
             .map(|(socket, _)| *socket)
             .collect();
         for socket in gone {
             self.forget(socket);
         }
+        self.unserved.retain(|_, closed_ns| *closed_ns + UNSERVED_NS > listed_ns);
     }
 
     fn opened(&mut self, event: &Event, clock: Clock, workloads: &Workloads) -> Option<Record> {
@@ -217,28 +239,35 @@ impl Joiner {
             self.pair(open, chosen);
             return;
         }
-        let proxied = workload.is_some_and(|w| w.proxy.is_some());
-        if !is_sidecar_source(source) && !proxied {
+        let is_istio = is_sidecar_source(source);
+        if is_istio {
+            self.istio.insert(netns);
+        } else if !self.may_hide(open, workload) {
             return;
         }
-        // From its own address, the pod also talks to itself. A proxy's connection goes where a client
-        // wanted to go.
-        let into = self.into.get(&netns).copied().unwrap_or_default();
-        let chosen = self.waiting.get(&netns).and_then(|waiting| {
-            let (_, first) = waiting.first()?;
-            let rule = if into == 1 { Rule::OnlyConnection } else { Rule::FirstWaiting };
-            Some((*first, rule))
+        // The youngest that waits: one that waits for long has been given a connection from before.
+        let chosen = self.waiting.get(&netns).and_then(|waiting| waiting.last()).map(|(_, socket)| {
+            let only = self.into.get(&netns) == Some(&1);
+            (*socket, if only && is_istio { Rule::OnlyConnection } else { Rule::Youngest })
         });
-        let is_wanted = |socket: Socket| {
-            self.open.get(&socket).is_some_and(|d| {
-                d.local.port() == open.remote.port()
-                    || matches!(workload.and_then(|w| w.proxy.as_ref()), Some(ProxyPorts::Redirected(_)))
-            })
+        let fits = |socket: Socket| {
+            self.open.get(&socket).is_some_and(|d| d.local.port() == open.remote.port())
+                || matches!(workload.and_then(|w| w.proxy.as_ref()), Some(ProxyPorts::Redirected(_)))
         };
-        if is_sidecar_source(source) || chosen.is_some_and(|(socket, _)| is_wanted(socket)) {
+        if is_istio || chosen.is_some_and(|(socket, _)| fits(socket)) {
             open.leg = Leg::Upstream;
+            self.hidden_upstream.entry(netns).or_default().insert((open.opened_ns, socket));
             self.pair(open, chosen);
         }
+    }
+
+    /// Whether a connection from the pod's own address may be its proxy's. The pod also talks to itself: over
+    /// loopback, to ports that no client is sent to, and, where the proxy connects from Istio's address, in
+    /// any other way.
+    fn may_hide(&self, open: &Open, workload: Option<&Workload>) -> bool {
+        !self.istio.contains(&open.netns)
+            && !open.remote.ip().is_loopback()
+            && workload.is_some_and(|w| w.proxy.is_some())
     }
 
     /// Picks one of a client's connections for an upstream leg.
@@ -259,7 +288,7 @@ impl Joiner {
         let fitting = || candidates.iter().filter_map(get).filter(|(_, d)| !any_fits || fits(d));
         let mut few = fitting().take(2);
         if let (Some((socket, _)), None) = (few.next(), few.next()) {
-            return Some((socket, Rule::OnlyConnectionOfClient));
+            return Some((socket, Rule::OnlyConnectionToDestination));
         }
         let waiting = fitting().find(|(_, d)| d.partner.is_none());
         waiting
@@ -270,11 +299,11 @@ impl Joiner {
     /// Makes two legs partners.
     fn pair(&mut self, upstream: &mut Open, chosen: Option<(Socket, Rule)>) {
         let Some((downstream_socket, rule)) = chosen else { return };
+        let exact = rule.is_exact() && !self.incomplete && !self.has_unserved(upstream);
         let Some(downstream) = self.open.get_mut(&downstream_socket) else { return };
-        let join = match rule {
-            Rule::SameTuple | Rule::OnlyConnectionOfClient | Rule::OnlyConnection => Join::Exact,
-            _ => Join::Inferred,
-        };
+        // Of those from before, not all may have been seen.
+        let exact = exact && downstream.opened_ns != 0;
+        let join = if exact { Join::Exact } else { Join::Inferred };
         // What looked like the application has turned out to be a proxy.
         downstream.leg = Leg::Downstream;
         upstream.partner = Some(Partner { local: downstream.local, remote: downstream.remote, join, rule });
@@ -288,8 +317,19 @@ impl Joiner {
     }
 
     fn closed(&mut self, event: &Event, clock: Clock) -> Option<Record> {
-        self.pool(event.socket);
-        let open = self.forget(event.socket)?;
+        let socket = self.known(event);
+        self.pool(socket);
+        let open = self.forget(socket)?;
+        if open.opened_ns == 0 {
+            // From before: how long it lasted is not known.
+            return None;
+        }
+        // Served for certain, that is: one that was given another's may still wait for its own.
+        let served = open.partner.is_some_and(|partner| partner.join == Join::Exact);
+        let is_unserved = matches!(open.leg, Leg::Downstream | Leg::Direct) && !served;
+        if is_unserved {
+            self.unserved.insert((open.netns, open.remote.ip()), event.time_ns);
+        }
         let totals = Totals {
             // The SYN counts as a byte, for the side that sent it.
             bytes_sent: event.bytes_sent.saturating_sub(open.active.into()),
@@ -308,6 +348,26 @@ impl Joiner {
         Some(record)
     }
 
+    /// The number by which an event's connection is known: its socket's, or the one made up for it.
+    fn known(&self, event: &Event) -> Socket {
+        if self.open.contains_key(&event.socket) {
+            return event.socket;
+        }
+        let local = socket_address(event.local, event.local_port);
+        let remote = socket_address(event.remote, event.remote_port);
+        *self.before.get(&(NetnsCookie(event.netns), local, remote)).unwrap_or(&event.socket)
+    }
+
+    /// Whether a connection that may have caused this upstream leg has ended before it.
+    fn has_unserved(&self, upstream: &Open) -> bool {
+        let recent = |closed_ns: &u64| closed_ns + UNSERVED_NS > upstream.opened_ns;
+        if upstream.hidden {
+            self.unserved.iter().any(|((netns, _), closed_ns)| *netns == upstream.netns && recent(closed_ns))
+        } else {
+            self.unserved.get(&(upstream.netns, upstream.local.ip())).is_some_and(recent)
+        }
+    }
+
     /// Gives a downstream connection that ends without an upstream leg of its own the one that it must
     /// have shared.
     fn pool(&mut self, socket: Socket) {
@@ -315,18 +375,17 @@ impl Joiner {
         if open.leg != Leg::Downstream || open.partner.is_some() {
             return;
         }
-        let Some(legs) = self.upstream_of_client.get(&(open.netns, open.remote.ip())) else { return };
-        let upstream = legs
-            .iter()
-            .rev()
-            .filter_map(|(_, socket)| self.open.get(socket))
-            .find(|upstream| upstream.remote == open.local)
-            .map(|upstream| Partner {
-                local: upstream.local,
-                remote: upstream.remote,
-                join: Join::Inferred,
-                rule: Rule::Pooled,
-            });
+        let of_client = self.upstream_of_client.get(&(open.netns, open.remote.ip()));
+        let Some(legs) = of_client.or_else(|| self.hidden_upstream.get(&open.netns)) else { return };
+        let get = |(_, socket): &(u64, Socket)| self.open.get(socket);
+        // To where the client wanted to go; where NAT has changed that, to wherever it goes.
+        let fitting = legs.iter().rev().filter_map(get).find(|upstream| upstream.remote == open.local);
+        let upstream = fitting.or_else(|| legs.iter().rev().find_map(get)).map(|upstream| Partner {
+            local: upstream.local,
+            remote: upstream.remote,
+            join: Join::Inferred,
+            rule: Rule::Pooled,
+        });
         if let Some(open) = self.open.get_mut(&socket) {
             open.partner = upstream;
         }
@@ -336,6 +395,9 @@ impl Joiner {
         let open = self.open.remove(&socket)?;
         let netns = open.netns;
         let key = (open.opened_ns, socket);
+        if open.opened_ns == 0 {
+            self.before.remove(&(netns, open.local, open.remote));
+        }
         match open.leg {
             Leg::Downstream | Leg::Direct => {
                 remove(&mut self.of_client, &(netns, open.remote.ip()), key);
@@ -349,7 +411,9 @@ impl Joiner {
             }
             Leg::Upstream | Leg::Local => {
                 self.inside.remove(&(netns, open.local, open.remote));
-                if !open.hidden {
+                if open.hidden {
+                    remove(&mut self.hidden_upstream, &netns, key);
+                } else {
                     remove(&mut self.upstream_of_client, &(netns, open.local.ip()), key);
                 }
             }
@@ -421,3 +485,6 @@ fn remove<K: std::hash::Hash + Eq>(map: &mut FxHashMap<K, ByTime>, key: &K, valu
 fn socket_address(address: srcip_common::address::Address, port: u16) -> SocketAddr {
     SocketAddr::new(address.into(), port)
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,8 @@ use std::{
 use srcip_common::telemetry::{ACTIVE, Event, NOBODY, OPEN, PASSIVE, WatchCounters};
 
 use super::{
-    join::{Clock, Joiner},
+    clock::Clock,
+    join::Joiner,
     record::{Record, Timestamp},
     watch::{Scope, Watch},
     workload::{ProxyPorts, Workloads},
@@ -27,6 +28,12 @@ pub const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How often connections whose end was not told of are looked for, if there may be any.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How often otherwise: a foreign program may have switched the telling off for a socket.
+const RARE_SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often pods are looked for: names, addresses, attachments and proxies change.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What to observe.
 #[derive(Clone, Debug)]
@@ -75,10 +82,11 @@ pub struct Observer {
     /// Whether pods come and go in what is observed.
     all: bool,
     delivered: (u64, u64),
-    /// There are connections whose end will not be told of: from before, or their event was lost.
-    has_unwatched: bool,
     lost: u64,
+    /// Events have been lost since the last sweep.
+    lost_since_sweep: bool,
     swept: Instant,
+    refreshed: Instant,
 }
 
 impl Observer {
@@ -108,9 +116,10 @@ impl Observer {
             dataplane: dataplane.clone(),
             all,
             delivered: (0, 0),
-            has_unwatched: false,
             lost: 0,
+            lost_since_sweep: false,
             swept: Instant::now(),
+            refreshed: Instant::now(),
         };
         mark_upstream_legs(&mut observer.watch, &observer.workloads)?;
         observer.take_in_what_is_open();
@@ -120,13 +129,18 @@ impl Observer {
     /// Hands over what has happened since the last time; returns how many events that were. To be called
     /// every [`POLL_INTERVAL`].
     pub fn poll(&mut self, mut each: impl FnMut(Record)) -> Result<usize> {
+        if self.all && self.refreshed.elapsed() >= REFRESH_INTERVAL {
+            self.refresh();
+        }
+        // Listed before the events are read: a connection that ends in between is told of, not forgotten.
+        let listed = self.list_if_due();
         let Self { watch, workloads, joiner, dataplane, all, delivered, .. } = self;
         let clock = Clock::now();
         let count = watch.read(|event| {
             if event.kind == OPEN {
                 delivered.0 += 1;
                 if *all && workloads.should_refresh(NetnsCookie(event.netns)) {
-                    workloads.refresh(dataplane);
+                    workloads.look_for(NetnsCookie(event.netns), dataplane);
                 }
             } else {
                 delivered.1 += 1;
@@ -135,7 +149,17 @@ impl Observer {
                 each(record);
             }
         });
-        self.sweep()?;
+        if let Some((listed_ns, sockets)) = listed {
+            self.joiner.retain(listed_ns, |cookie, local, remote| sockets.contains(&(cookie, local, remote)));
+        }
+        if count > 0 {
+            let lost = self.accounting()?.lost();
+            if lost != self.lost {
+                self.lost = lost;
+                self.lost_since_sweep = true;
+                self.joiner.note_loss();
+            }
+        }
         Ok(count)
     }
 
@@ -169,6 +193,7 @@ impl Observer {
     /// Looks for pods again: names, addresses and attachments may have changed.
     pub fn refresh(&mut self) {
         if self.all {
+            self.refreshed = Instant::now();
             self.workloads.refresh(&self.dataplane);
             // Without it, more is told than needs to be, and nothing goes wrong.
             let _ = mark_upstream_legs(&mut self.watch, &self.workloads);
@@ -184,7 +209,6 @@ impl Observer {
             let sockets = sockets_of(&path);
             let listening: HashSet<u16> =
                 sockets.iter().filter(|s| s.is_listener()).map(|s| s.local.port()).collect();
-            // Those that connected first: by them, the other end is told from a client's connection.
             let mut events: Vec<_> = sockets
                 .iter()
                 .filter(|s| s.is_connection())
@@ -195,6 +219,7 @@ impl Observer {
                     open_event(cookie, number, s, role)
                 })
                 .collect();
+            // Clients' connections first: the proxy's are joined with them.
             events.sort_by_key(|event| event.role != PASSIVE);
             let inside: HashSet<_> = events
                 .iter()
@@ -206,30 +231,28 @@ impl Observer {
                 if event.role == PASSIVE && inside.contains(&ends) {
                     continue;
                 }
-                self.has_unwatched = true;
-                self.joiner.event(&event, clock, &self.workloads);
+                self.joiner.was_open(&event, clock, &self.workloads);
             }
         }
     }
 
-    fn sweep(&mut self) -> Result<()> {
-        if self.swept.elapsed() < SWEEP_INTERVAL {
-            return Ok(());
+    /// The connections that there are, with the time before they were looked up, if it is time to find out
+    /// which ends have not been told of.
+    fn list_if_due(&mut self) -> Option<(u64, HashSet<(NetnsCookie, SocketAddr, SocketAddr)>)> {
+        let soon = self.lost_since_sweep || self.joiner.has_unwatched();
+        let interval = if soon { SWEEP_INTERVAL } else { RARE_SWEEP_INTERVAL };
+        if self.swept.elapsed() < interval {
+            return None;
         }
         self.swept = Instant::now();
-        let lost = self.accounting()?.lost();
-        if !self.has_unwatched && lost == self.lost {
-            return Ok(());
-        }
-        self.lost = lost;
-        self.has_unwatched = false;
-        let mut open: HashSet<(NetnsCookie, SocketAddr, SocketAddr)> = HashSet::new();
+        self.lost_since_sweep = false;
+        let listed_ns = Clock::boot_ns();
+        let mut open = HashSet::new();
         for (cookie, workload) in self.workloads.iter() {
             let sockets = sockets_of(&workload.netns);
             open.extend(sockets.iter().filter(|s| s.is_connection()).map(|s| (cookie, s.local, s.remote)));
         }
-        self.joiner.retain(|cookie, local, remote| open.contains(&(cookie, local, remote)));
-        Ok(())
+        Some((listed_ns, open))
     }
 }
 

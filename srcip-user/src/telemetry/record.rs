@@ -105,15 +105,23 @@ pub enum Rule {
     OnlyConnectionOfClient,
     /// The proxy hid the client's address, but only one connection was open to it.
     OnlyConnection,
+    /// Of several, the only one to where the upstream leg goes.
+    OnlyConnectionToDestination,
     /// Of several, the one that had waited longest for an upstream connection.
     FirstWaiting,
-    /// All had an upstream connection; the youngest.
+    /// The youngest: all had an upstream connection, or the proxy hides whose it is.
     Youngest,
-    /// No upstream connection was opened for it: it was given one that had served another connection
-    /// of the same client.
+    /// No upstream connection was opened for it: it was given one that had served another connection.
     Pooled,
     /// Several upstream connections were opened for it; the last.
     Several,
+}
+
+impl Rule {
+    /// Whether no other downstream connection is possible, if all are known.
+    pub fn is_exact(self) -> bool {
+        matches!(self, Self::SameTuple | Self::OnlyConnectionOfClient | Self::OnlyConnection)
+    }
 }
 
 /// What happened.

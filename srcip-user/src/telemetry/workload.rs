@@ -17,6 +17,9 @@ use crate::{
 /// How soon namespaces are looked for again because of one that is not known.
 const REFRESH_INTERVAL: Duration = Duration::from_millis(200);
 
+/// After that, a pod has the rules it will have.
+const SETTLED: Duration = Duration::from_secs(60);
+
 /// A pod, as far as srcip can tell.
 #[derive(Clone, Debug)]
 pub struct Workload {
@@ -32,6 +35,8 @@ pub struct Workload {
     pub attached: bool,
     /// The mark of its upstream legs, if srcip steers it; else 0.
     pub mark: u32,
+    /// Since when it is known.
+    pub since: Instant,
 }
 
 /// Which connections end at the proxy.
@@ -60,18 +65,21 @@ pub struct Workloads {
     /// Finds a pod's proxy where srcip does not steer.
     find_proxy: Option<fn(&Netns) -> Option<ProxyPorts>>,
     refreshed: Option<Instant>,
+    /// Cookies that have been looked for in vain.
+    unresolved: HashSet<NetnsCookie>,
 }
 
 impl Workloads {
     /// With a way to find the proxies that others have put in place.
     pub fn new(find_proxy: Option<fn(&Netns) -> Option<ProxyPorts>>) -> Self {
-        Self { known: HashMap::new(), find_proxy, refreshed: None }
+        Self { find_proxy, ..Self::default() }
     }
 
     /// Looks for all network namespaces of this machine but the host's; returns the cookies of those that
     /// were not known.
     pub fn refresh(&mut self, dataplane: &Dataplane) -> Vec<NetnsCookie> {
         self.refreshed = Some(Instant::now());
+        self.unresolved.clear();
         let attachments = dataplane.peek_records().unwrap_or_default();
         let mut found = HashMap::new();
         let mut new = Vec::new();
@@ -97,10 +105,40 @@ impl Workloads {
         Some(cookie)
     }
 
+    /// A pod that is nowhere.
+    #[cfg(test)]
+    pub(super) fn insert_for_tests(
+        &mut self,
+        cookie: NetnsCookie,
+        name: &str,
+        addresses: impl IntoIterator<Item = IpAddr>,
+        proxy: Option<ProxyPorts>,
+    ) {
+        let workload = Workload {
+            name: name.into(),
+            netns: PathBuf::new(),
+            addresses: addresses.into_iter().collect(),
+            proxy,
+            attached: false,
+            mark: 0,
+            since: Instant::now(),
+        };
+        self.known.insert(cookie, workload);
+    }
+
     /// Whether to look again because a namespace is not known.
     pub fn should_refresh(&self, cookie: NetnsCookie) -> bool {
         !self.known.contains_key(&cookie)
+            && !self.unresolved.contains(&cookie)
             && self.refreshed.is_none_or(|last| last.elapsed() >= REFRESH_INTERVAL)
+    }
+
+    /// Looks again because of one namespace; if that is in vain, not again for it until the next refresh.
+    pub fn look_for(&mut self, cookie: NetnsCookie, dataplane: &Dataplane) {
+        self.refresh(dataplane);
+        if !self.known.contains_key(&cookie) {
+            self.unresolved.insert(cookie);
+        }
     }
 
     /// A pod.
@@ -122,8 +160,13 @@ impl Workloads {
         let proxy = match steered {
             Some(ports) => Some(ProxyPorts::Steered(Box::new(ports))),
             None => match self.known.get(&cookie) {
-                // Rules do not change every second, and reading them starts processes.
-                Some(known) if !known.attached => known.proxy.clone(),
+                // Rules do not change every second, and reading them starts processes. A pod that is just
+                // being set up may not have them yet.
+                Some(known)
+                    if !known.attached && (known.proxy.is_some() || known.since.elapsed() > SETTLED) =>
+                {
+                    known.proxy.clone()
+                }
                 _ => self.find_proxy.and_then(|find| find(netns)),
             },
         };
@@ -134,6 +177,7 @@ impl Workloads {
             proxy,
             attached: attachment.is_some(),
             mark: attachment.map_or(0, |attachment| attachment.mark),
+            since: self.known.get(&cookie).map_or_else(Instant::now, |known| known.since),
         }
     }
 }

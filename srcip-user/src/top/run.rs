@@ -22,8 +22,8 @@ use super::{
 use crate::{
     signals::Ending,
     telemetry::{
+        clock::Clock,
         filter::Filter,
-        join::Clock,
         observer::{Observer, POLL_INTERVAL},
     },
 };

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use srcip_tests::{
     Family, client,
     host::Host,
-    mesh::{ISTIO_REDIRECT, ISTIO_TPROXY, NodePort},
+    mesh::{ISTIO_TPROXY, NodePort, istio_redirect},
     peer,
     process::sh,
     proxy::{Kind, Proxy},
@@ -49,6 +49,12 @@ fn commands(finding: &Value) -> Vec<String> {
     commands.map(|command| command.as_str().unwrap().to_owned()).collect()
 }
 
+/// Runs a command as it was printed.
+fn shell(command: &str) {
+    let output = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 fn assert_clean(report: &Value, pod: &Host, by: &str) {
     let finding = only_finding(report, pod);
     assert_eq!(
@@ -80,7 +86,7 @@ fn sidecar_redirect() {
             Family::V6 => ("ip6tables-restore", "::6"),
         };
         scenario.pod.ip("-6 addr add ::6/128 dev lo nodad").unwrap();
-        scenario.pod.feed(restore, ISTIO_REDIRECT).unwrap();
+        scenario.pod.feed(restore, &istio_redirect(family, 0)).unwrap();
         let report = audit(&scenario.srcip, "", || ask_several(&scenario, family));
         let finding = only_finding(&report, &scenario.pod);
         assert_eq!(finding["cause"], "sidecar-redirect", "{finding:#}");
@@ -109,7 +115,7 @@ fn sidecar_redirect() {
                     scenario.srcip.run(&format!("{arguments} --cgroup {cgroup}")).unwrap();
                     attached = true;
                 }
-                None => drop(sh(&command).unwrap()),
+                None => shell(&command),
             }
         }
         assert!(attached, "{finding:#}");
@@ -118,15 +124,43 @@ fn sidecar_redirect() {
     }
 }
 
+/// Native nftables rules, and one that the pod has laid as a trap for whoever pastes what is printed.
+#[test]
+fn sidecar_redirect_by_nftables() {
+    let mut scenario = Scenario::empty(Engine::SkLookup);
+    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
+    scenario.proxy = Some(Proxy::start(&scenario.pod, Kind::EnvoyRedirect).unwrap());
+    let rules = "table inet mesh {\n chain in {\n type nat hook prerouting priority dstnat;\n \
+                 meta l4proto tcp jump inbound\n }\n chain inbound {\n tcp dport != 15006 redirect to :15006\n }\n}\n";
+    scenario.pod.feed("nft -f -", rules).unwrap();
+    let trap = scenario.world.directory().join("trap");
+    let comment = format!("$(touch {0}) `touch {0}`", trap.display());
+    let rule = ["-t", "nat", "-A", "PREROUTING", "-p", "tcp", "--dport", "9", "-m", "comment", "--comment"];
+    let mut command = scenario.pod.command("iptables").unwrap();
+    command.args(rule).arg(&comment).args(["-j", "REDIRECT", "--to-ports", "15006"]);
+    srcip_tests::process::run(&mut command).unwrap();
+
+    let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
+    let finding = only_finding(&report, &scenario.pod);
+    assert_eq!(finding["cause"], "sidecar-redirect", "{finding:#}");
+    for command in commands(&finding).iter().filter(|command| command.starts_with("nsenter ")) {
+        shell(command);
+    }
+    assert!(!trap.exists(), "what the pod wrote was run: {finding:#}");
+    let left = scenario.pod.sh("nft list ruleset").unwrap();
+    assert!(!left.contains("15006"), "{left}");
+}
+
 /// Where Kubernetes is known, the cure is the mesh's own annotation, on what makes the pod.
 #[test]
 fn sidecar_redirect_of_a_deployment() {
     let mut scenario = Scenario::empty(Engine::SkLookup);
     scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
     scenario.proxy = Some(Proxy::start(&scenario.pod, Kind::EnvoyRedirect).unwrap());
-    scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
+    scenario.pod.feed("iptables-restore", &istio_redirect(Family::V4, 0)).unwrap();
     let mut pod = pod_manifest("httpbin-5d4f-x", &scenario.pod);
     pod["metadata"]["labels"]["pod-template-hash"] = "5d4f".into();
+    pod["metadata"]["annotations"] = json!({ "sidecar.istio.io/status": "{}" });
     pod["metadata"]["ownerReferences"] = json!([{
         "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "httpbin-5d4f", "uid": "1", "controller": true
     }]);
@@ -299,6 +333,21 @@ fn snat_by_kube_proxy_with_flags() {
     assert_eq!(finding["cause"], "node-itself");
 }
 
+/// Without the pod's manifest, any of the Services may be the one.
+#[test]
+fn snat_to_a_pod_that_is_not_in_the_manifests() {
+    let cluster = Cluster::new();
+    let node_address = cluster.nodes[0].address(Family::V4);
+    let nodes = cluster.nodes.iter().zip(["a", "b"]).map(|(host, name)| node_manifest(name, host));
+    let objects: Vec<_> = nodes.chain([cluster.service.clone()]).collect();
+    let options = manifests(&cluster.world, &objects);
+    let report = audit(&cluster.srcip, &options, || assert_eq!(cluster.ask(0), node_address));
+    let finding = only_finding(&report, &cluster.pod);
+    assert_eq!(finding["cause"], "snat", "{finding:#}");
+    assert!(commands(&finding)[0].starts_with("kubectl -n web patch service httpbin "));
+    assert!(finding["steps"].to_string().contains("may be any of these"), "{finding:#}");
+}
+
 /// RFC 7386, as much as a patch of ours needs.
 fn merge(target: &mut Value, patch: &Value) {
     let Some(fields) = patch.as_object() else {
@@ -367,7 +416,9 @@ fn proxy_own_address() {
         config.replace("source 127.0.0.6", &format!("source {own}"))
     });
     scenario.proxy = Some(proxy.unwrap());
-    scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
+    // Not Istio's rules: those would take what the proxy dials from there back to the proxy.
+    let rule = "-p tcp ! --dport 15006 -j REDIRECT --to-ports 15006";
+    scenario.pod.sh(&format!("iptables -t nat -A PREROUTING {rule}")).unwrap();
     let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
     let finding = only_finding(&report, &scenario.pod);
     assert_eq!(finding["cause"], "proxy-own-address", "{finding:#}");
@@ -423,7 +474,7 @@ fn explain_draws_where_it_is_lost() {
     let mut scenario = Scenario::empty(Engine::SkLookup);
     scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
     let proxy = Proxy::start(&scenario.pod, Kind::EnvoyRedirect).unwrap();
-    scenario.pod.feed("iptables-restore", ISTIO_REDIRECT).unwrap();
+    scenario.pod.feed("iptables-restore", &istio_redirect(Family::V4, 0)).unwrap();
     let to = scenario.pod.socket(Family::V4, PORT);
     let explain = |options: &str| {
         let mut connection = client::connect(&scenario.client, to).unwrap();
@@ -445,7 +496,7 @@ fn explain_draws_where_it_is_lost() {
     assert!(text.contains("sidecar-redirect: "), "{text}");
 
     proxy.kill();
-    scenario.pod.sh("iptables -t nat -F PREROUTING").unwrap();
+    scenario.pod.sh("iptables -t nat -F").unwrap();
     let _proxy = Proxy::start(&scenario.pod, Kind::Envoy).unwrap();
     scenario.attach("");
     let (from, seen, text) = explain(&format!("--to {to}"));
