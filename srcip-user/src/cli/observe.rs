@@ -23,7 +23,7 @@ use crate::{
         clock::Clock,
         filter::{Filter, parse_network},
         history::history,
-        observer::{Observer, Options, POLL_INTERVAL},
+        observer::{Accounting, Observer, Options, POLL_INTERVAL},
         record::{Leg, Record, Timestamp},
         workload::Workloads,
     },
@@ -191,6 +191,7 @@ fn follow(
 ) -> Result<()> {
     let mut lost = 0;
     let mut warned: Option<Instant> = None;
+    tracing::debug!("watching");
     loop {
         // Once more after the signal: what came before it is told.
         let last = ending.has_come();
@@ -207,6 +208,12 @@ fn follow(
             warned = Some(Instant::now());
         }
         if last || printer.is_closed() {
+            let Accounting { opened, opened_delivered, opened_lost, closed, closed_delivered, closed_lost } =
+                observer.accounting()?;
+            tracing::debug!(
+                "{opened} opened = {opened_delivered} told of + {opened_lost} lost, \
+                 {closed} closed = {closed_delivered} told of + {closed_lost} lost"
+            );
             return Ok(());
         }
         sleep(POLL_INTERVAL);

@@ -4,6 +4,7 @@ use std::{
     collections::HashSet,
     net::SocketAddr,
     path::PathBuf,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -30,7 +31,7 @@ pub const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How often otherwise: a foreign program may have switched the telling off for a socket.
-const RARE_SWEEP_INTERVAL: Duration = Duration::from_secs(60);
+const RARE_SWEEP_INTERVAL: Duration = Duration::from_secs(300);
 
 /// How often pods are looked for: names, addresses, attachments and proxies change.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(10);
@@ -86,6 +87,7 @@ pub struct Observer {
     /// Events have been lost since the last sweep.
     lost_since_sweep: bool,
     swept: Instant,
+    listing: Option<JoinHandle<Listed>>,
     refreshed: Instant,
 }
 
@@ -119,6 +121,7 @@ impl Observer {
             lost: 0,
             lost_since_sweep: false,
             swept: Instant::now(),
+            listing: None,
             refreshed: Instant::now(),
         };
         mark_upstream_legs(&mut observer.watch, &observer.workloads)?;
@@ -133,7 +136,7 @@ impl Observer {
             self.refresh();
         }
         // Listed before the events are read: a connection that ends in between is told of, not forgotten.
-        let listed = self.list_if_due();
+        let listed = self.listed();
         let Self { watch, workloads, joiner, dataplane, all, delivered, .. } = self;
         let clock = Clock::now();
         let count = watch.read(|event| {
@@ -236,24 +239,35 @@ impl Observer {
         }
     }
 
-    /// The connections that there are, with the time before they were looked up, if it is time to find out
-    /// which ends have not been told of.
-    fn list_if_due(&mut self) -> Option<(u64, HashSet<(NetnsCookie, SocketAddr, SocketAddr)>)> {
+    /// The connections that there are, once they have been listed. That may take its time: a thread does it,
+    /// and the events are read meanwhile.
+    fn listed(&mut self) -> Option<Listed> {
+        if let Some(thread) = self.listing.take_if(|thread| thread.is_finished()) {
+            return thread.join().ok();
+        }
         let soon = self.lost_since_sweep || self.joiner.has_unwatched();
         let interval = if soon { SWEEP_INTERVAL } else { RARE_SWEEP_INTERVAL };
-        if self.swept.elapsed() < interval {
-            return None;
+        if self.listing.is_none() && self.swept.elapsed() >= interval {
+            self.swept = Instant::now();
+            self.lost_since_sweep = false;
+            let pods: Vec<_> = self.workloads.iter().map(|(cookie, w)| (cookie, w.netns.clone())).collect();
+            self.listing = Some(std::thread::spawn(move || list(&pods)));
         }
-        self.swept = Instant::now();
-        self.lost_since_sweep = false;
-        let listed_ns = Clock::boot_ns();
-        let mut open = HashSet::new();
-        for (cookie, workload) in self.workloads.iter() {
-            let sockets = sockets_of(&workload.netns);
-            open.extend(sockets.iter().filter(|s| s.is_connection()).map(|s| (cookie, s.local, s.remote)));
-        }
-        Some((listed_ns, open))
+        None
     }
+}
+
+/// A time in nanoseconds since boot, and the connections that were open then and still were later.
+type Listed = (u64, HashSet<(NetnsCookie, SocketAddr, SocketAddr)>);
+
+fn list(pods: &[(NetnsCookie, PathBuf)]) -> Listed {
+    let listed_ns = Clock::boot_ns();
+    let mut open = HashSet::new();
+    for (cookie, netns) in pods {
+        let sockets = sockets_of(netns);
+        open.extend(sockets.iter().filter(|s| s.is_connection()).map(|s| (*cookie, s.local, s.remote)));
+    }
+    (listed_ns, open)
 }
 
 /// Of an upstream leg that srcip has marked, one end is enough.

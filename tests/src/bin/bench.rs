@@ -50,6 +50,9 @@ struct Arguments {
     /// What becomes of the records.
     #[arg(long, value_enum, default_value = "count")]
     records: Records,
+    /// Fail if a ratio is lower.
+    #[arg(long, value_name = "RATIO")]
+    at_least: Option<f64>,
     /// The set-ups.
     #[arg(long, value_enum, default_values = ["direct", "sidecar"])]
     setup: Vec<Setup>,
@@ -61,6 +64,17 @@ enum Records {
     Count,
     /// The same, and each connection's end is written as JSON, as for the access log.
     Log,
+}
+
+/// What is measured against what.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Contestant {
+    /// No telemetry at all, not even the recorder that comes with an attachment.
+    Off,
+    /// The recorder alone: an attachment that nobody looks at.
+    Recorder,
+    /// The recorder and an observer.
+    On,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
@@ -106,8 +120,18 @@ impl Stage {
         Ok(Self { _proxy: proxy, _application: application, client, pod, srcip, world, setup })
     }
 
-    /// Connections in one measurement, and what became of the events if telemetry was on.
-    fn measure(&self, arguments: &Arguments, on: bool) -> Result<(usize, Option<Accounting>)> {
+    /// Connections in one measurement, and what became of the events if somebody looked.
+    fn measure(&self, arguments: &Arguments, contestant: Contestant) -> Result<(usize, Option<Accounting>)> {
+        if self.setup == Setup::Sidecar {
+            match contestant {
+                // Without its pin it goes.
+                Contestant::Off if self.recorder().exists() => std::fs::remove_file(self.recorder())?,
+                Contestant::Off => {}
+                // Attaching again puts it back.
+                Contestant::Recorder | Contestant::On => drop(self.srcip.attach(&self.pod, "")?),
+            }
+        }
+        let on = contestant == Contestant::On;
         let telemetry = on.then(|| Telemetry::start(self, arguments.records)).transpose()?;
         let to = self.pod.socket(Family::V4, APPLICATION_PORT);
         let time = Duration::from_millis(arguments.milliseconds);
@@ -115,22 +139,27 @@ impl Stage {
         let accounting = telemetry.map(|telemetry| telemetry.stop()).transpose()?;
         Ok((count, accounting))
     }
+
+    fn recorder(&self) -> std::path::PathBuf {
+        self.srcip.pin_path().join("node/srcip_watch")
+    }
+
+    fn contestants(&self) -> &'static [Contestant] {
+        match self.setup {
+            Setup::Direct => &[Contestant::Off, Contestant::On],
+            Setup::Sidecar => &[Contestant::Off, Contestant::Recorder, Contestant::On],
+        }
+    }
 }
 
-/// All there is to telemetry: the recorder, an observer that joins legs, and an access log.
+/// An observer that joins legs, and what becomes of its records.
 struct Telemetry {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<Accounting>>,
-    recorder: Option<std::path::PathBuf>,
 }
 
 impl Telemetry {
     fn start(stage: &Stage, records: Records) -> Result<Self> {
-        // Attaching again puts the recorder back.
-        let recorder = (stage.setup == Setup::Sidecar).then(|| recorder_pin(&stage.srcip));
-        if recorder.is_some() {
-            stage.srcip.attach(&stage.pod, "")?;
-        }
         let options = Options {
             netns: vec![stage.pod.path()],
             cgroup: stage.world.cgroup().to_owned(),
@@ -160,71 +189,72 @@ impl Telemetry {
                 last = stopped.load(Ordering::Relaxed);
             }
         });
-        Ok(Self { stop, thread, recorder })
+        Ok(Self { stop, thread })
     }
 
     fn stop(self) -> Result<Accounting> {
         // The last connections' ends are on their way.
         std::thread::sleep(Duration::from_millis(100));
         self.stop.store(true, Ordering::Relaxed);
-        let accounting = self.thread.join().ok().context("the observer panicked")??;
-        if let Some(pin) = self.recorder {
-            std::fs::remove_file(&pin).with_context(|| pin.display().to_string())?;
-        }
-        Ok(accounting)
+        self.thread.join().ok().context("the observer panicked")?
     }
-}
-
-/// Without its pin the recorder goes.
-fn recorder_pin(srcip: &Srcip) -> std::path::PathBuf {
-    srcip.pin_path().join("node/srcip_watch")
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
     ensure!(arguments.rounds > 0, "--rounds 0 measures nothing");
+    let mut too_slow = Vec::new();
     for &setup in &arguments.setup {
-        let stage = Stage::new(setup)?;
-        if setup == Setup::Sidecar {
-            std::fs::remove_file(recorder_pin(&stage.srcip))?;
-        }
-        for on in [false, true] {
-            stage.measure(arguments, on).context("warming up")?;
-        }
-        let mut ratios = Vec::new();
-        let mut rates = [Vec::new(), Vec::new()];
-        let (mut events, mut lost) = (0, 0);
-        for round in 0..arguments.rounds {
-            // The order alternates: neither always has the machine that the other has warmed up.
-            let order = if round % 2 == 0 { [false, true] } else { [true, false] };
-            let mut counts = [0.0; 2];
-            for on in order {
-                let (count, accounting) = stage.measure(arguments, on)?;
-                counts[usize::from(on)] = count as f64;
-                rates[usize::from(on)].push(count as f64 * 1000.0 / arguments.milliseconds as f64);
-                if let Some(accounting) = accounting {
-                    events += accounting.opened + accounting.closed;
-                    lost += accounting.lost();
-                    let delivered = accounting.opened_delivered + accounting.closed_delivered;
-                    ensure!(
-                        accounting.opened + accounting.closed == delivered + accounting.lost(),
-                        "events are missing: {accounting:?}"
-                    );
-                }
+        measure_setup(arguments, setup, &mut too_slow)?;
+    }
+    ensure!(too_slow.is_empty(), "slower than --at-least: {}", too_slow.join(", "));
+    Ok(())
+}
+
+fn measure_setup(arguments: &Arguments, setup: Setup, too_slow: &mut Vec<String>) -> Result<()> {
+    let stage = Stage::new(setup)?;
+    let contestants = stage.contestants();
+    for &contestant in contestants {
+        stage.measure(arguments, contestant).context("warming up")?;
+    }
+    let mut rates: Vec<Vec<f64>> = vec![Vec::new(); contestants.len()];
+    let (mut events, mut lost) = (0, 0);
+    for round in 0..arguments.rounds {
+        // Another one begins each time: none always has the machine that another has warmed up.
+        for i in (0..contestants.len()).map(|i| (i + round) % contestants.len()) {
+            let (count, accounting) = stage.measure(arguments, contestants[i])?;
+            rates[i].push(count as f64 * 1000.0 / arguments.milliseconds as f64);
+            if let Some(accounting) = accounting {
+                events += accounting.opened + accounting.closed;
+                lost += accounting.lost();
+                let delivered = accounting.opened_delivered + accounting.closed_delivered;
+                ensure!(
+                    accounting.opened + accounting.closed == delivered + accounting.lost(),
+                    "events are missing: {accounting:?}"
+                );
             }
-            ratios.push(counts[1] / counts[0]);
-            eprintln!("{setup:?} {}/{}: {:.3}", round + 1, arguments.rounds, ratios[round]);
         }
-        let name = format!("{setup:?}").to_lowercase();
-        let [off, on] = rates.map(|mut rates| quantile(&mut rates, 0.5));
+        eprintln!("{setup:?} {}/{}", round + 1, arguments.rounds);
+    }
+    let setup = format!("{setup:?}").to_lowercase();
+    for (contestant, own) in contestants.iter().zip(&rates).skip(1) {
+        let mut ratios: Vec<_> = own.iter().zip(&rates[0]).map(|(own, off)| own / off).collect();
+        let median = quantile(&mut ratios, 0.5);
+        let contestant = format!("{contestant:?}").to_lowercase();
         println!(
-            "{name:<8} telemetry on/off: median {:.3}, middle half {:.3} to {:.3} of {} pairs; \
-             {on:.0} and {off:.0} connections/s; {events} events, {lost} lost",
-            quantile(&mut ratios, 0.5),
+            "{setup:<8} {contestant:<8} / off: median {median:.3}, middle half {:.3} to {:.3} of {} rounds; \
+             {:.0} and {:.0} connections/s",
             quantile(&mut ratios, 0.25),
             quantile(&mut ratios, 0.75),
             arguments.rounds,
+            quantile(&mut own.clone(), 0.5),
+            quantile(&mut rates[0].clone(), 0.5),
         );
+        if arguments.at_least.is_some_and(|least| median < least) {
+            too_slow.push(format!("{setup} {contestant} {median:.3}"));
+        }
     }
+    println!("{setup:<8} {events} events, {lost} lost");
+    ensure!(lost == 0, "{lost} events were lost");
     Ok(())
 }
 

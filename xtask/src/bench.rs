@@ -1,0 +1,18 @@
+//! `cargo xtask bench`: what telemetry costs, measured in turn with and without it.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use crate::{
+    build, root,
+    setup::{self, Scope},
+    shell,
+};
+
+/// Builds with optimisations, and becomes the benchmark.
+pub fn run(arguments: &[String]) -> Result<ExitCode> {
+    let ready = setup::ensure(Scope::Test)?;
+    build::build(&ready, true)?;
+    match root::exec(&shell::target_dir().join("release/srcip-bench"), arguments)? {}
+}
