@@ -3,6 +3,11 @@
 //! Every function here is sound for any argument, because the verifier proves it for every program
 //! that uses it: contexts, sizes, ownership of sockets. Where a comment says "verified", that is meant.
 
+#![expect(
+    clippy::not_unsafe_ptr_arg_deref,
+    reason = "the kernel's verifier refuses a program that passes a pointer which is not what it says"
+)]
+
 use core::ffi::{c_long, c_void};
 
 use aya_ebpf::{
@@ -206,10 +211,11 @@ pub fn fetch_increment(number: &u64) -> u64 {
 /// Reads one field of a context, exactly where and when it is written.
 #[macro_export]
 macro_rules! field {
-    ($context:expr, $($field:tt)+) => {
+    ($context:expr, $($field:tt)+) => {{
+        let context = $context;
         // SAFETY: verified: a context, or a socket that is not null, is valid while the program runs.
-        unsafe { (&raw const (*$context).$($field)+).read_volatile() }
-    };
+        unsafe { (&raw const (*context).$($field)+).read_volatile() }
+    }};
 }
 
 /// Reads the four words of an IPv6 address of a context.

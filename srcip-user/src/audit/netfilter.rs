@@ -4,7 +4,7 @@
 //! The rules are read by the very programs that write them, because only they know all of their formats:
 //! `iptables-save` and `iptables-legacy-save`, their IPv6 twins, and `nft`.
 
-use std::{collections::HashSet, process::Command};
+use std::{collections::HashSet, path::Path, process::Command};
 
 use serde::Serialize;
 
@@ -68,6 +68,14 @@ impl Interception {
             );
         }
         found
+    }
+
+    /// The same for one at a path, which may have gone.
+    pub fn read_at(path: &Path) -> Self {
+        Netns::open(path).map_or_else(
+            |error| Self { unreadable: Some(error.to_string()), ..Self::default() },
+            |netns| Self::read(&netns),
+        )
     }
 
     fn merge(&mut self, other: Self) {

@@ -15,7 +15,7 @@ use super::{
     netfilter::Interception,
 };
 use crate::{
-    netns::{Netns, NetnsCookie},
+    netns::NetnsCookie,
     telemetry::{
         record::{EventKind, Leg, Record},
         workload::{Workload, Workloads},
@@ -124,10 +124,7 @@ impl Audit {
         let Some(workload) = workloads.get(record.netns_cookie) else { return };
         let subject = self.subjects.entry(record.netns_cookie).or_insert_with(|| Subject {
             workload: workload.clone(),
-            interception: Netns::open(&workload.netns).map_or_else(
-                |error| Interception { unreadable: Some(error.to_string()), ..Interception::default() },
-                |netns| Interception::read(&netns),
-            ),
+            interception: Interception::read_at(&workload.netns),
             connections: 0,
             preserved: 0,
             downstream_clients: BTreeSet::new(),

@@ -21,7 +21,6 @@ use crate::{
         netfilter::Interception,
     },
     dataplane::Dataplane,
-    netns::Netns,
     signals::Ending,
     telemetry::{
         history::history,
@@ -115,10 +114,7 @@ impl ExplainArgs {
         let Some(workload) = observer.workloads().get(record.netns_cookie) else {
             bail!("the pod {} has gone meanwhile", record.workload);
         };
-        let interception = Netns::open(&workload.netns).map_or_else(
-            |error| Interception { unreadable: Some(error.to_string()), ..Interception::default() },
-            |netns| Interception::read(&netns),
-        );
+        let interception = Interception::read_at(&workload.netns);
         let pod = cluster.pod(|ip| workload.addresses.contains(&ip));
         let around = Surroundings { workload, pod, interception: &interception, cluster: &cluster };
         let explanation = explain(&record, self.from, around);

@@ -16,7 +16,7 @@ use ipnet::IpNet;
 use self::print::Printer;
 use crate::{
     audit::netfilter::find_proxy,
-    dataplane::{Dataplane, hooks::cgroup_root},
+    dataplane::{Dataplane, hooks::resolve_cgroup, record::CgroupChoice},
     netns::Netns,
     signals::Ending,
     telemetry::{
@@ -110,10 +110,10 @@ pub(super) struct TargetArgs {
 
 impl TargetArgs {
     pub(super) fn options(&self) -> Result<Options> {
-        let cgroup = self.cgroup.clone().or_else(cgroup_root);
+        let choice = self.cgroup.clone().map_or(CgroupChoice::Root, CgroupChoice::Path);
         Ok(Options {
             netns: self.netns.clone(),
-            cgroup: cgroup.ok_or_else(|| {
+            cgroup: resolve_cgroup(&choice)?.ok_or_else(|| {
                 anyhow::anyhow!(
                     "no cgroup v2 is mounted, and srcip learns of connections from it; \
                      mount one with `mount -t cgroup2 none /sys/fs/cgroup/unified`"

@@ -8,6 +8,7 @@ use srcip_tests::{
     process::{run, sh},
     proxy::Kind,
     srcip::binary,
+    world::World,
 };
 
 use crate::{
@@ -429,4 +430,33 @@ fn doctor_names_the_cures() {
     assert_says(check(&report, "loopback")["cure"].as_str().unwrap(), &["ip link set lo up"]);
     let output = scenario.srcip.output("doctor").unwrap();
     assert_says(&String::from_utf8_lossy(&output.stdout), &["RESULT", "CHECK", "FOUND", "CURE"]);
+}
+
+/// What people get wrong with the verbs that look on: what it was, and what helps.
+#[test]
+fn mistakes_in_looking_on() {
+    let world = World::new().unwrap();
+    let srcip = world.srcip();
+    let directory = world.directory().join("manifests");
+    let directory = directory.display();
+    std::fs::create_dir(world.directory().join("manifests")).unwrap();
+    std::fs::write(world.directory().join("manifests/pod.yaml"), "kind: Pod\nmetadata: 3\n").unwrap();
+    for (arguments, says) in [
+        ("observe -f --cgroup /tmp", "/tmp: it is not a directory of cgroup v2"),
+        ("observe --from 10.0.0.300", "expected 10.0.0.1, 10.0.0.0/8 or fd00::/8"),
+        ("observe --since soon", "such as 30s or 5m"),
+        ("top", "srcip observe -f"),
+        ("audit --netns /run/netns/srcip-no-such-name", "srcip-no-such-name: no such file"),
+        ("audit --manifests /no/such/directory", "/no/such/directory"),
+        (&format!("audit --manifests {directory}"), "pod.yaml: the Pod \"without a name\""),
+        ("audit --service web", "expected NAMESPACE/NAME"),
+        ("audit --service web/httpbin:local", "expected Cluster or Local"),
+        ("explain --from here", "expected 10.0.0.1, 10.0.0.1:8000"),
+        ("explain", "--from"),
+        ("export --metrics-address none", "nothing to export"),
+    ] {
+        let error = srcip.fail(arguments).unwrap();
+        assert!(error.contains(says), "srcip {arguments}: {error}");
+    }
+    assert!(!srcip.pin_path().exists(), "looking on leaves nothing behind");
 }

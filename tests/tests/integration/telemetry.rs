@@ -69,27 +69,27 @@ fn clients(scenario: &Scenario) -> Vec<IpAddr> {
     scenario.client.addresses(Family::V4)[1..].to_vec()
 }
 
-/// 50 clients, 10,000 requests: half of them on connections that are kept, half on fresh ones.
-fn send_requests(scenario: &Scenario) {
-    let clients = clients(scenario);
-    let to = scenario.pod.socket(Family::V4, PORT);
+/// Does something for each client, as it, several at a time.
+fn for_each_client(scenario: &Scenario, each: impl Fn(SocketAddr) + Sync) {
     let netns = scenario.client.netns();
     std::thread::scope(|scope| {
-        for chunk in clients.chunks(5) {
+        for chunk in clients(scenario).chunks(5) {
+            let (chunk, each) = (chunk.to_vec(), &each);
             scope.spawn(move || {
-                netns
-                    .run(|| {
-                        for from in chunk {
-                            let from = SocketAddr::new(*from, 0);
-                            let mut kept = connect_here(Some(from), to).unwrap();
-                            for _ in 0..100 {
-                                client::ask(&mut kept).unwrap();
-                                client::ask(&mut connect_here(Some(from), to).unwrap()).unwrap();
-                            }
-                        }
-                    })
-                    .unwrap();
+                netns.run(|| chunk.into_iter().for_each(|from| each(SocketAddr::new(from, 0)))).unwrap();
             });
+        }
+    });
+}
+
+/// 50 clients, 10,000 requests: half of them on connections that are kept, half on fresh ones.
+fn send_requests(scenario: &Scenario) {
+    let to = scenario.pod.socket(Family::V4, PORT);
+    for_each_client(scenario, |from| {
+        let mut kept = connect_here(Some(from), to).unwrap();
+        for _ in 0..100 {
+            client::ask(&mut kept).unwrap();
+            client::ask(&mut connect_here(Some(from), to).unwrap()).unwrap();
         }
     });
 }
@@ -185,24 +185,12 @@ fn agrees_with_envoy_one_to_one(engine: Engine) {
     println!("exact: {}, inferred: {}", compared.exact, compared.inferred);
 }
 
+/// 50 clients, 5,000 requests on fresh connections.
 fn fresh_requests(scenario: &Scenario) {
-    let clients = clients(scenario);
     let to = scenario.pod.socket(Family::V4, PORT);
-    let netns = scenario.client.netns();
-    std::thread::scope(|scope| {
-        for chunk in clients.chunks(10) {
-            scope.spawn(move || {
-                netns
-                    .run(|| {
-                        for from in chunk {
-                            for _ in 0..100 {
-                                let mut one = connect_here(Some(SocketAddr::new(*from, 0)), to).unwrap();
-                                client::ask(&mut one).unwrap();
-                            }
-                        }
-                    })
-                    .unwrap();
-            });
+    for_each_client(scenario, |from| {
+        for _ in 0..100 {
+            client::ask(&mut connect_here(Some(from), to).unwrap()).unwrap();
         }
     });
 }
