@@ -71,6 +71,12 @@ struct Partner {
 /// Open downstream connections, or upstream ones, by time: the first has waited longest.
 type ByTime = BTreeSet<(u64, Socket)>;
 
+/// Of how many clients it is known that they went unserved.
+const MAX_UNSERVED: usize = 65_536;
+
+/// Of how many connections of one client it is looked at where they go.
+const LOOKED_AT: usize = 64;
+
 /// How long a proxy may take to connect for a client that has gone: Envoy's `connect_timeout` is 5 s.
 const UNSERVED_NS: u64 = 10_000_000_000;
 
@@ -82,6 +88,8 @@ pub struct Joiner {
     of_client: FxHashMap<(NetnsCookie, IpAddr), ByTime>,
     /// Connections into pods that have no upstream leg yet.
     waiting: FxHashMap<NetnsCookie, ByTime>,
+    /// The same by the client's address.
+    waiting_of_client: FxHashMap<(NetnsCookie, IpAddr), ByTime>,
     /// How many connections into a pod are open.
     into: FxHashMap<NetnsCookie, usize>,
     /// Upstream legs by the client's address.
@@ -94,6 +102,8 @@ pub struct Joiner {
     before: FxHashMap<(NetnsCookie, SocketAddr, SocketAddr), Socket>,
     /// When a client's connection last ended without an upstream leg: one may still be on its way.
     unserved: FxHashMap<(NetnsCookie, IpAddr), u64>,
+    /// The same for any client of a pod.
+    unserved_in: FxHashMap<NetnsCookie, u64>,
     /// Pods whose proxy has connected from where only Istio's does.
     istio: FxHashSet<NetnsCookie>,
     /// Events were lost: a connection may be open that is not known, so nothing is exact any more.
@@ -115,7 +125,8 @@ impl Joiner {
     #[cfg(test)]
     fn is_tidy(&self) -> bool {
         self.of_client.is_empty()
-            && self.waiting.values().all(BTreeSet::is_empty)
+            && self.waiting.is_empty()
+            && self.waiting_of_client.is_empty()
             && self.into.is_empty()
             && self.upstream_of_client.is_empty()
             && self.hidden_upstream.is_empty()
@@ -171,6 +182,7 @@ impl Joiner {
             self.forget(socket);
         }
         self.unserved.retain(|_, closed_ns| *closed_ns + UNSERVED_NS > listed_ns);
+        self.unserved_in.retain(|_, closed_ns| *closed_ns + UNSERVED_NS > listed_ns);
     }
 
     fn opened(&mut self, event: &Event, clock: Clock, workloads: &Workloads) -> Option<Record> {
@@ -211,6 +223,7 @@ impl Joiner {
             if open.leg != Leg::Local {
                 let key = (open.opened_ns, event.socket);
                 self.of_client.entry((netns, remote.ip())).or_default().insert(key);
+                self.waiting_of_client.entry((netns, remote.ip())).or_default().insert(key);
                 self.waiting.entry(netns).or_default().insert(key);
                 *self.into.entry(netns).or_default() += 1;
             }
@@ -270,30 +283,30 @@ impl Joiner {
             && workload.is_some_and(|w| w.proxy.is_some())
     }
 
-    /// Picks one of a client's connections for an upstream leg.
+    /// Picks one of a client's connections for an upstream leg. Of very many, only some are looked at.
     fn choose(&self, candidates: &ByTime, upstream: &Open) -> Option<(Socket, Rule)> {
         let get = |(_, socket): &(u64, Socket)| self.open.get(socket).map(|open| (*socket, open));
         // Same port as well: nothing else can be meant.
-        if let Some((socket, _)) = candidates.iter().filter_map(get).find(|(_, d)| d.remote == upstream.local)
-        {
+        let is_same = |d: &Open| d.remote == upstream.local && d.local.port() == upstream.remote.port();
+        let mut youngest = candidates.iter().rev().take(LOOKED_AT).filter_map(get);
+        if let Some((socket, _)) = youngest.find(|(_, d)| is_same(d)) {
             return Some((socket, Rule::SameTuple));
         }
         if candidates.len() == 1 {
-            let (socket, _) = candidates.iter().find_map(get)?;
-            return Some((socket, Rule::OnlyConnectionOfClient));
+            let (_, socket) = candidates.first()?;
+            return Some((*socket, Rule::OnlyConnectionOfClient));
         }
         // To where the upstream leg goes, if there is such a one; a proxy may also go elsewhere.
-        let fits = |d: &Open| d.local == upstream.remote;
-        let any_fits = candidates.iter().filter_map(get).any(|(_, d)| fits(d));
-        let fitting = || candidates.iter().filter_map(get).filter(|(_, d)| !any_fits || fits(d));
-        let mut few = fitting().take(2);
-        if let (Some((socket, _)), None) = (few.next(), few.next()) {
-            return Some((socket, Rule::OnlyConnectionToDestination));
+        let fits = |(_, d): &(Socket, &Open)| d.local == upstream.remote;
+        let waiting = self.waiting_of_client.get(&(upstream.netns, upstream.local.ip()));
+        if let Some(first) = waiting.and_then(BTreeSet::first) {
+            let fitting =
+                waiting.iter().flat_map(|all| all.iter().take(LOOKED_AT)).filter_map(get).find(fits);
+            return Some((fitting.map_or(first.1, |(socket, _)| socket), Rule::FirstWaiting));
         }
-        let waiting = fitting().find(|(_, d)| d.partner.is_none());
-        waiting
-            .map(|(socket, _)| (socket, Rule::FirstWaiting))
-            .or_else(|| fitting().next_back().map(|(socket, _)| (socket, Rule::Youngest)))
+        let mut youngest = candidates.iter().rev().take(LOOKED_AT).filter_map(get);
+        let chosen = youngest.find(fits).map(|(socket, _)| socket);
+        Some((chosen.or(candidates.last().map(|(_, socket)| *socket))?, Rule::Youngest))
     }
 
     /// Makes two legs partners.
@@ -301,8 +314,9 @@ impl Joiner {
         let Some((downstream_socket, rule)) = chosen else { return };
         let exact = rule.is_exact() && !self.incomplete && !self.has_unserved(upstream);
         let Some(downstream) = self.open.get_mut(&downstream_socket) else { return };
-        // Of those from before, not all may have been seen.
-        let exact = exact && downstream.opened_ns != 0;
+        // Of those from before, not all may have been seen; of a pod whose proxy was not known, nothing of what
+        // went before is sure.
+        let exact = exact && downstream.opened_ns != 0 && downstream.leg == Leg::Downstream;
         let join = if exact { Join::Exact } else { Join::Inferred };
         // What looked like the application has turned out to be a proxy.
         downstream.leg = Leg::Downstream;
@@ -311,9 +325,9 @@ impl Joiner {
             if downstream.partner.is_some() { (Join::Inferred, Rule::Several) } else { (join, rule) };
         downstream.partner = Some(Partner { local: upstream.local, remote: upstream.remote, join, rule });
         let key = (downstream.opened_ns, downstream_socket);
-        if let Some(waiting) = self.waiting.get_mut(&upstream.netns) {
-            waiting.remove(&key);
-        }
+        let client = (upstream.netns, downstream.remote.ip());
+        remove(&mut self.waiting, &upstream.netns, key);
+        remove(&mut self.waiting_of_client, &client, key);
     }
 
     fn closed(&mut self, event: &Event, clock: Clock) -> Option<Record> {
@@ -326,9 +340,8 @@ impl Joiner {
         }
         // Served for certain, that is: one that was given another's may still wait for its own.
         let served = open.partner.is_some_and(|partner| partner.join == Join::Exact);
-        let is_unserved = matches!(open.leg, Leg::Downstream | Leg::Direct) && !served;
-        if is_unserved {
-            self.unserved.insert((open.netns, open.remote.ip()), event.time_ns);
+        if open.leg == Leg::Downstream && !served {
+            self.note_unserved(&open, event.time_ns);
         }
         let totals = Totals {
             // The SYN counts as a byte, for the side that sent it.
@@ -358,11 +371,24 @@ impl Joiner {
         *self.before.get(&(NetnsCookie(event.netns), local, remote)).unwrap_or(&event.socket)
     }
 
+    fn note_unserved(&mut self, open: &Open, closed_ns: u64) {
+        if self.unserved.len() >= MAX_UNSERVED {
+            self.unserved.retain(|_, earlier_ns| *earlier_ns + UNSERVED_NS > closed_ns);
+        }
+        if self.unserved.len() >= MAX_UNSERVED {
+            // So many clients that go unserved within seconds: better not to be sure of anything.
+            self.unserved.clear();
+            self.incomplete = true;
+        }
+        self.unserved.insert((open.netns, open.remote.ip()), closed_ns);
+        self.unserved_in.insert(open.netns, closed_ns);
+    }
+
     /// Whether a connection that may have caused this upstream leg has ended before it.
     fn has_unserved(&self, upstream: &Open) -> bool {
         let recent = |closed_ns: &u64| closed_ns + UNSERVED_NS > upstream.opened_ns;
         if upstream.hidden {
-            self.unserved.iter().any(|((netns, _), closed_ns)| *netns == upstream.netns && recent(closed_ns))
+            self.unserved_in.get(&upstream.netns).is_some_and(recent)
         } else {
             self.unserved.get(&(upstream.netns, upstream.local.ip())).is_some_and(recent)
         }
@@ -379,8 +405,9 @@ impl Joiner {
         let Some(legs) = of_client.or_else(|| self.hidden_upstream.get(&open.netns)) else { return };
         let get = |(_, socket): &(u64, Socket)| self.open.get(socket);
         // To where the client wanted to go; where NAT has changed that, to wherever it goes.
-        let fitting = legs.iter().rev().filter_map(get).find(|upstream| upstream.remote == open.local);
-        let upstream = fitting.or_else(|| legs.iter().rev().find_map(get)).map(|upstream| Partner {
+        let youngest = || legs.iter().rev().take(LOOKED_AT).filter_map(get);
+        let fitting = youngest().find(|upstream| upstream.remote == open.local);
+        let upstream = fitting.or_else(|| youngest().next()).map(|upstream| Partner {
             local: upstream.local,
             remote: upstream.remote,
             join: Join::Inferred,
@@ -402,6 +429,7 @@ impl Joiner {
             Leg::Downstream | Leg::Direct => {
                 remove(&mut self.of_client, &(netns, open.remote.ip()), key);
                 remove(&mut self.waiting, &netns, key);
+                remove(&mut self.waiting_of_client, &(netns, open.remote.ip()), key);
                 if let Some(count) = self.into.get_mut(&netns) {
                     *count -= 1;
                     if *count == 0 {

@@ -105,9 +105,8 @@ pub enum Rule {
     OnlyConnectionOfClient,
     /// The proxy hid the client's address, but only one connection was open to it.
     OnlyConnection,
-    /// Of several, the only one to where the upstream leg goes.
-    OnlyConnectionToDestination,
-    /// Of several, the one that had waited longest for an upstream connection.
+    /// Of several, the one that had waited longest for an upstream connection, or of those the first that goes
+    /// to the same destination.
     FirstWaiting,
     /// The youngest: all had an upstream connection, or the proxy hides whose it is.
     Youngest,
