@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(packages(Scope::Run, &[]), ["iproute2", "iptables"]);
         assert_eq!(
             packages(Scope::Test, &[]),
-            ["iproute2", "iptables", "haproxy", "nginx-light", "socat", "bpftool", "prometheus"]
+            ["iproute2", "iptables", "haproxy", "nginx-light", "socat", "bpftool", "nftables", "prometheus"]
         );
     }
 
@@ -177,7 +177,7 @@ mod tests {
     fn a_program_that_is_there_is_not_installed_whatever_its_package() {
         assert_eq!(
             packages(Scope::Test, &["ip", "nginx", "bpftool", "prometheus"]),
-            ["iptables", "haproxy", "socat"]
+            ["iptables", "haproxy", "socat", "nftables"]
         );
     }
 }
