@@ -8,6 +8,7 @@ use std::{
     },
 };
 
+use nix::sys::signal::{SigSet, Signal};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
     flag,
@@ -33,6 +34,9 @@ impl Ending {
             flag::register_conditional_shutdown(signal, ENDED_BY_SIGNAL + signal, Arc::clone(&ending.0))?;
             flag::register(signal, Arc::clone(&ending.0))?;
         }
+        // Whoever waits for signals himself has them blocked, and his children with him.
+        let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+        signals.thread_unblock()?;
         Ok(ending)
     }
 
