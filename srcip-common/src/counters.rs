@@ -22,7 +22,8 @@ pub struct Counters {
     /// Of those, the ones for which every source port tried was taken: the kernel chose one.
     pub upstream_ports_exhausted: u64,
     /// Steered connection attempts whose client port lies in the pod's own upstream range. Such a
-    /// client can meet its own mirrored tuple.
+    /// client can meet its own mirrored tuple. The `sk_lookup` engine, which does not see TCP flags, also counts what
+    /// an upstream leg's end sends to an end that has gone: a last acknowledgement repeated under load.
     pub client_port_in_upstream_range: u64,
     /// Listeners that found every slot taken. They still answer as members of a reuseport group.
     pub listener_slots_full: u64,

@@ -13,6 +13,7 @@ extern crate std;
 pub mod address;
 pub mod counters;
 pub mod keys;
+pub mod northsouth;
 pub mod packet;
 pub mod pod;
 pub mod ports;
@@ -40,6 +41,18 @@ map_types! {
     keys::ConnectionKey: 48,
     keys::ListenerKey: 16,
     keys::RegisteredKey: 16,
+    northsouth::Affinity: 32,
+    northsouth::AffinityKey: 20,
+    northsouth::Config: 32,
+    northsouth::Endpoint: 36,
+    northsouth::EndpointKey: 8,
+    northsouth::Flow: 56,
+    northsouth::FlowKey: 40,
+    northsouth::Frontend: 8,
+    northsouth::FrontendKey: 20,
+    northsouth::RangeKey: 20,
+    northsouth::Service: 12304,
+    northsouth::counter::ServiceCounters: 1024,
     pod::Pod: 8232,
     telemetry::Event: 96,
     telemetry::WatchCounters: 32,

@@ -185,8 +185,9 @@ fn parse_v6<P: Packet + ?Sized>(packet: &P) -> Option<Parsed> {
     Some(Parsed::Disguised)
 }
 
-#[inline]
-fn words(octets: [u8; 16]) -> [u32; 4] {
+/// The address as the maps have it: its octets in the order of the wire.
+#[inline(always)]
+pub(crate) fn words(octets: [u8; 16]) -> [u32; 4] {
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = octets;
     [
         u32::from_ne_bytes([a, b, c, d]),

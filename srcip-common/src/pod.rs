@@ -12,6 +12,13 @@ pub const CHOOSE_PORT_AT_BIND: u8 = 1 << 2;
 /// [`Pod::flags`]: the `tc` engine has its `sk_lookup` companion.
 pub const HAS_COMPANION: u8 = 1 << 3;
 
+/// The mark of a steered proxy's listeners, and by that of the client's connections that they accept.
+///
+/// With `tcp_fwmark_accept` a connection takes the mark of its SYN, unless its listener has one
+/// (`inet_request_mark`). Istio's TPROXY rules give the client's SYN the very mark by which upstream legs find
+/// back into the pod: the answers to clients would stay in there, too. No rule looks at this one.
+pub const LISTENER_MARK: u32 = 0x2130_0000;
+
 /// A steered pod: the value under its netns cookie in the `PODS` map.
 ///
 /// The kernel replaces a map value as a whole, so a program sees either the old or the new settings.

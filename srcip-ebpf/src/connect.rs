@@ -1,9 +1,14 @@
 //! Prepares upstream legs: the connections a proxy opens to its application with a client's address.
 //!
-//! Minimum kernel: 5.8 (`bpf_setsockopt` in this program type).
+//! Minimum kernel: 5.13 (`bpf_for_each_map_elem`; `bpf_setsockopt` in this program type is 5.8).
+
+use core::ffi::{c_long, c_void};
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr, helpers::generated::bpf_get_prandom_u32, macros::cgroup_sock_addr,
+    bindings::bpf_sock_addr,
+    helpers::generated::bpf_get_prandom_u32,
+    macros::{cgroup_sock_addr, map},
+    maps::Array,
     programs::SockAddrContext,
 };
 use srcip_common::{
@@ -29,15 +34,19 @@ const RESTED: u32 = 8;
 /// Ports tried at random after those, to get out of a run of long-lived connections.
 const AT_RANDOM: u32 = 72;
 
+/// An entry for each attempt, with nothing in it: something to count by.
+#[map]
+static ATTEMPTS: Array<u8> = Array::pinned(IN_ORDER + AT_RANDOM, 0);
+
 #[cgroup_sock_addr(connect4)]
 pub fn srcip_connect4(ctx: SockAddrContext) -> i32 {
-    let _ = prepare(&ctx, AF_INET);
+    let _ = prepare::<AF_INET>(&ctx);
     ALLOW
 }
 
 #[cgroup_sock_addr(connect6)]
 pub fn srcip_connect6(ctx: SockAddrContext) -> i32 {
-    let _ = prepare(&ctx, AF_INET6);
+    let _ = prepare::<AF_INET6>(&ctx);
     ALLOW
 }
 
@@ -52,9 +61,9 @@ pub fn stream_of_pod(ctx: &SockAddrContext) -> Option<(u64, &'static Pod)> {
 }
 
 #[inline(always)]
-fn prepare(ctx: &SockAddrContext, family: u16) -> Option<()> {
+fn prepare<const FAMILY: u16>(ctx: &SockAddrContext) -> Option<()> {
     let (netns, pod) = stream_of_pod(ctx)?;
-    let (source, destination) = ends(ctx.sock_addr, family)?;
+    let (source, destination) = ends(ctx.sock_addr, FAMILY)?;
     if !maps::is_upstream(netns, source.address, destination.address) {
         return None;
     }
@@ -71,7 +80,7 @@ fn prepare(ctx: &SockAddrContext, family: u16) -> Option<()> {
     }
     // Lets the port be used again for another destination, and while an old connection is in TIME_WAIT.
     let _ = sys::set_socket_option(ctx, SO_REUSEADDR, 1);
-    if !choose_port(ctx, family, netns, pod, source.address, destination) {
+    if !choose_port::<FAMILY>(ctx, netns, pod, source.address, destination) {
         maps::count(netns, |c: &mut Counters| &mut c.upstream_ports_exhausted);
     }
     Some(())
@@ -82,49 +91,72 @@ fn key(netns: u64, source: Endpoint, destination: Endpoint) -> ConnectionKey {
     ConnectionKey::new(netns, (source.address, source.port), (destination.address, destination.port))
 }
 
+/// What the search for a port works on.
+struct Search {
+    ctx: *mut bpf_sock_addr,
+    pod: &'static Pod,
+    netns: u64,
+    source: Address,
+    destination: Endpoint,
+    cursor: u32,
+    found: bool,
+}
+
 /// Binds the socket to a source port that neither a client nor another upstream leg uses.
 ///
 /// The application's end of an upstream leg carries the tuple that a connection from the client's own
 /// port would carry. If the client then came from that port, its SYN would reach the application's
 /// socket instead of a listener, and hang. So the port is one that clients do not use.
 #[inline(always)]
-fn choose_port(
+fn choose_port<const FAMILY: u16>(
     ctx: &SockAddrContext,
-    family: u16,
     netns: u64,
-    pod: &Pod,
+    pod: &'static Pod,
     source: Address,
     destination: Endpoint,
 ) -> bool {
-    let mut attempt = 0;
-    let mut cursor = pod.cursor;
-    while attempt < IN_ORDER + AT_RANDOM {
-        let in_order = attempt < IN_ORDER;
-        let take_time_wait = in_order && attempt >= RESTED;
-        attempt += 1;
-        cursor = if in_order {
-            cursor.wrapping_add(1)
-        } else {
-            // SAFETY: takes nothing and only draws a number.
-            unsafe { bpf_get_prandom_u32() }
-        };
-        if in_order {
-            store_cursor(netns, cursor);
-        }
-        let source = Endpoint { address: source, port: pod.upstream_ports.nth(cursor) };
-        let key = key(netns, source, destination);
-        // Two processors may try the same port at once; the one that notes it first has it.
-        if !maps::reserve_pending(&key) {
-            continue;
-        }
-        if is_free(ctx, source, destination, take_time_wait)
-            && sys::bind(ctx.sock_addr, family, source).is_ok()
-        {
-            return true;
-        }
-        maps::forget_pending(&key);
+    let mut search =
+        Search { ctx: ctx.sock_addr, pod, netns, source, destination, cursor: pod.cursor, found: false };
+    sys::for_each(&ATTEMPTS, try_port::<FAMILY>, &mut search);
+    search.found
+}
+
+/// One attempt; 1 ends the search.
+#[inline(never)]
+unsafe extern "C" fn try_port<const FAMILY: u16>(
+    _map: *mut c_void,
+    attempt: *const u32,
+    _value: *mut c_void,
+    search: *mut Search,
+) -> c_long {
+    // SAFETY: verified: a key of the map, and the context that was given for this call.
+    let (attempt, search) = unsafe { (*attempt, &mut *search) };
+    let ctx = SockAddrContext::new(search.ctx);
+    let netns = search.netns;
+    let in_order = attempt < IN_ORDER;
+    let take_time_wait = in_order && attempt >= RESTED;
+    let cursor = if in_order {
+        search.cursor = search.cursor.wrapping_add(1);
+        store_cursor(netns, search.cursor);
+        search.cursor
+    } else {
+        // SAFETY: takes nothing and only draws a number.
+        unsafe { bpf_get_prandom_u32() }
+    };
+    let source = Endpoint { address: search.source, port: search.pod.upstream_ports.nth(cursor) };
+    let key = key(netns, source, search.destination);
+    // Two processors may try the same port at once; the one that notes it first has it.
+    if !maps::reserve_pending(&key) {
+        return 0;
     }
-    false
+    if is_free(&ctx, source, search.destination, take_time_wait)
+        && sys::bind(search.ctx, FAMILY, source).is_ok()
+    {
+        search.found = true;
+        return 1;
+    }
+    maps::forget_pending(&key);
+    0
 }
 
 #[inline(always)]

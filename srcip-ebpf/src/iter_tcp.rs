@@ -1,11 +1,12 @@
 //! Registers listeners that were there before srcip: run once, in the pod's netns, at attach.
 //!
-//! Minimum kernel: 5.12 (`bpf_get_socket_cookie` for tracing programs; the iterator itself is 5.8).
+//! Minimum kernel: 5.15 (`bpf_setsockopt` for this iterator, which itself is 5.8).
 
 use core::ffi::c_void;
 
 use aya_ebpf::{EbpfContext, bindings::BPF_NOEXIST, cty::c_int};
 use aya_log_ebpf::info;
+use srcip_common::pod::LISTENER_MARK;
 use srcip_ebpf::sys::{self, tcp_state};
 
 use crate::{
@@ -52,7 +53,7 @@ pub extern "C" fn srcip_iter_tcp(ctx: *mut IterTcp) -> c_int {
 
 #[inline(always)]
 fn register(ctx: &Iteration) -> Option<()> {
-    let netns = maps::own_netns();
+    let wanted = maps::wanted()?;
     // SAFETY: verified: the context is valid.
     let socket = unsafe { (*ctx.0).socket };
     if socket.is_null() {
@@ -60,11 +61,12 @@ fn register(ctx: &Iteration) -> Option<()> {
     }
     // SAFETY: verified: not null, and the iterator holds the socket while the program runs.
     let (port, family, state) = unsafe { ((*socket).port, (*socket).family, u32::from((*socket).state)) };
-    if state != tcp_state::LISTEN || port != maps::wanted_port() {
+    if state != tcp_state::LISTEN || port != wanted.port {
         return None;
     }
+    sys::set_mark(socket.cast(), LISTENER_MARK);
     let cookie = sys::socket_cookie(socket.cast());
-    let registered = listeners::register(netns, port, family, cookie, |key| {
+    let registered = listeners::register(wanted.netns, port, family, cookie, |key| {
         sys::store_socket(&LISTENERS, &key, socket.cast(), BPF_NOEXIST.into()).is_ok()
     });
     if registered {

@@ -1,12 +1,25 @@
 //! The slots in which the proxies' listeners wait.
 
-use aya_ebpf::{bindings::BPF_NOEXIST, programs::SkLookupContext};
+use core::ffi::{c_long, c_void};
+
+use aya_ebpf::{
+    bindings::{BPF_NOEXIST, bpf_sk_lookup},
+    macros::map,
+    maps::Array,
+    programs::SkLookupContext,
+};
 use srcip_common::{
     counters::Counters,
     keys::{AF_INET, AF_INET6, LISTENER_SLOTS, ListenerKey, RegisteredKey},
 };
 
+use srcip_ebpf::sys;
+
 use crate::maps::{self, LISTENERS, REGISTERED};
+
+/// An entry for each slot, with nothing in it: something to count by.
+#[map]
+static SLOTS: Array<u8> = Array::pinned(LISTENER_SLOTS, 0);
 
 /// Hands the lookup to the first listener there is. The kernel picks another member itself if that one
 /// belongs to a reuseport group.
@@ -29,16 +42,34 @@ fn assign_of(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool 
     maps::has_listened(ListenerKey { netns, port, family, slot: 0 }) && assign_from(ctx, netns, port, family)
 }
 
+/// What the search for a listener works on.
+struct Search {
+    lookup: *mut bpf_sk_lookup,
+    key: ListenerKey,
+    found: bool,
+}
+
 #[inline(always)]
 fn assign_from(ctx: &SkLookupContext, netns: u64, port: u16, family: u16) -> bool {
-    let mut key = ListenerKey { netns, port, family, slot: 0 };
-    while key.slot < LISTENER_SLOTS {
-        if LISTENERS.redirect_sk_lookup(ctx, key, 0).is_ok() {
-            return true;
-        }
-        key.slot += 1;
-    }
-    false
+    let key = ListenerKey { netns, port, family, slot: 0 };
+    let mut search = Search { lookup: ctx.lookup, key, found: false };
+    sys::for_each(&SLOTS, assign_slot, &mut search);
+    search.found
+}
+
+/// Looks into one slot; 1 ends the search.
+#[inline(never)]
+unsafe extern "C" fn assign_slot(
+    _map: *mut c_void,
+    slot: *const u32,
+    _value: *mut c_void,
+    search: *mut Search,
+) -> c_long {
+    // SAFETY: verified: a key of the map, and the context that was given for this call.
+    let (slot, search) = unsafe { (*slot, &mut *search) };
+    let key = ListenerKey { slot, ..search.key };
+    search.found = LISTENERS.redirect_sk_lookup(SkLookupContext::new(search.lookup), key, 0).is_ok();
+    search.found.into()
 }
 
 /// Forgets that a listener has a slot.

@@ -24,10 +24,10 @@ const MAX_PODS: u32 = 1024;
 #[unsafe(no_mangle)]
 static NETNS_COOKIE: Global<u64> = Global::new(0);
 
-/// The proxy's port for the listener iterator, which may run before the pod's settings say so. Host byte
-/// order.
-#[unsafe(no_mangle)]
-static PROXY_PORT: Global<u16> = Global::new(0);
+/// Whose listeners the iterator is to register: netns and port. Not pinned: it lies between the process that
+/// runs the iterator and the copy that this process has loaded.
+#[map]
+static WANTED: Array<ListenerKey> = Array::with_max_entries(1, 0);
 
 /// [`srcip_common::LAYOUT_VERSION`] of whoever made these maps.
 #[map]
@@ -109,10 +109,10 @@ pub fn own_netns() -> u64 {
     NETNS_COOKIE.load()
 }
 
-/// The port whose listeners the iterator registers.
+/// The netns and port whose listeners the iterator registers.
 #[inline(always)]
-pub fn wanted_port() -> u16 {
-    PROXY_PORT.load()
+pub fn wanted() -> Option<&'static ListenerKey> {
+    WANTED.get(0)
 }
 
 /// Whether this pod has ever had a listener of this port and family.

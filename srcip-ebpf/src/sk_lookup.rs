@@ -1,6 +1,6 @@
 //! The default engine: once per new connection, the kernel asks which listener shall have it.
 //!
-//! Minimum kernel: 5.9.
+//! Minimum kernel: 5.13 (`bpf_for_each_map_elem`; the program type is 5.9).
 
 use aya_ebpf::{
     bindings::sk_action::{SK_DROP, SK_PASS},

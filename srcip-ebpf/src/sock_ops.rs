@@ -12,7 +12,10 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use srcip_common::{keys::ConnectionKey, pod::Pod};
+use srcip_common::{
+    keys::ConnectionKey,
+    pod::{LISTENER_MARK, Pod},
+};
 use srcip_ebpf::{
     ends::Ends,
     sys::{self, field, tcp_state},
@@ -81,6 +84,7 @@ fn listening(ctx: &SockOpsContext, netns: u64, pod: &Pod) {
     }
     let family = ctx.family() as u16;
     let socket = sys::socket_cookie(ctx.as_ptr());
+    sys::set_mark(ctx.as_ptr(), LISTENER_MARK);
     // It has just begun to listen: a slot it may have had before, it left when it stopped.
     listeners::forget(netns, socket);
     listeners::register(netns, port, family, socket, |key| {

@@ -1,7 +1,5 @@
 //! What a node, and a pod on it, can run: every check tries the thing itself, and names the cure.
 
-use std::{fs, path::Path, process::Command};
-
 use aya::Btf;
 use nix::sys::{
     statfs::{BPF_FS_MAGIC, statfs},
@@ -10,11 +8,14 @@ use nix::sys::{
 use serde::Serialize;
 
 use crate::{
+    audit::netfilter::{Interception, Mode},
     dataplane::{
         engine::{self, Requirement, sk_lookup_requirements, tc_requirements},
         hooks::cgroup_root,
+        record::TcHook,
     },
     netns::Netns,
+    northsouth::dataplane,
     ports::{DEFAULT_UPSTREAM_PORTS, UpstreamPortList},
     privileges,
     routing::{self, ForeignRule, ReturnRoute, RoutingError},
@@ -92,6 +93,7 @@ impl Report {
         checks.push(sysctls());
         if may_probe {
             checks.extend(engines(hooks));
+            checks.extend(north_south());
         } else {
             checks.push(bad(
                 "engines",
@@ -183,16 +185,28 @@ fn sysctls() -> Check {
     }
 }
 
-fn engines(hooks: bool) -> Vec<Check> {
-    let requirement = |engine: &str, Requirement { name, since, available }: Requirement| {
-        let name = format!("{engine}: {name}");
-        if available {
-            ok(&name, "there")
-        } else {
-            let cure = format!("run Linux {since} or newer");
-            bad(&name, Verdict::Limited, "missing", cure)
-        }
+fn requirement(of: &str, Requirement { name, since, available }: Requirement) -> Check {
+    let name = format!("{of}: {name}");
+    if available {
+        ok(&name, "there")
+    } else {
+        bad(&name, Verdict::Limited, "missing", format!("run Linux {since} or newer"))
+    }
+}
+
+/// For agents with `--uplink` alone.
+fn north_south() -> Vec<Check> {
+    const NAME: &str = "north-south";
+    let mut checks: Vec<_> = dataplane::requirements().into_iter().map(|r| requirement(NAME, r)).collect();
+    let attached_by = match TcHook::newest() {
+        TcHook::Tcx => "tcx links",
+        TcHook::Clsact => "filters of clsact: tcx takes Linux 6.6",
     };
+    checks.push(ok("north-south: attached by", attached_by));
+    checks
+}
+
+fn engines(hooks: bool) -> Vec<Check> {
     let mut checks: Vec<_> =
         sk_lookup_requirements().into_iter().map(|r| requirement("sk-lookup", r)).collect();
     checks.extend(tc_requirements().into_iter().map(|r| requirement("tc", r)));
@@ -225,11 +239,11 @@ fn engines(hooks: bool) -> Vec<Check> {
 
 fn pod(netns: &Netns, options: &Options) -> Vec<Check> {
     let route = ReturnRoute { mark: options.mark, table: options.route_table };
-    let looked = netns.run(|| {
-        vec![foreign_rules(route), foreign_routes(route), loopback(), ephemeral_ports(), interception()]
-    });
+    let looked =
+        netns.run(|| vec![foreign_rules(route), foreign_routes(route), loopback(), ephemeral_ports()]);
     let mut checks =
         looked.unwrap_or_else(|error| vec![bad("pod", Verdict::Unable, error.to_string(), "run as root")]);
+    checks.push(interception(netns));
     if netns.is_host() {
         checks.push(bad(
             "network namespace",
@@ -310,71 +324,23 @@ fn ephemeral_ports() -> Check {
     }
 }
 
-/// iptables rules in the pod that take connections before any listener is looked for.
-fn interception() -> Check {
-    const NAME: &str = "pod: iptables interception";
-    const TOOLS: [&str; 4] =
-        ["iptables-save", "ip6tables-save", "iptables-legacy-save", "ip6tables-legacy-save"];
-    let mut rules = Vec::new();
-    let mut asked = false;
-    for tool in TOOLS {
-        // The legacy tools load modules when asked; only ask where such tables exist already.
-        let names = if tool.starts_with("ip6") { "ip6_tables_names" } else { "ip_tables_names" };
-        let names = Path::new("/proc/thread-self/net").join(names);
-        if tool.contains("legacy") && fs::read_to_string(names).is_ok_and(|n| n.is_empty()) {
-            continue;
-        }
-        let Ok(output) = Command::new(tool).output() else { continue };
-        asked = true;
-        let text = String::from_utf8_lossy(&output.stdout);
-        rules.extend(intercepting_rules(&text));
+/// Rules in the pod that take connections before any listener is looked for.
+fn interception(netns: &Netns) -> Check {
+    const NAME: &str = "pod: interception by rules";
+    let found = Interception::read(netns);
+    if let Some(why) = found.unreadable {
+        return bad(NAME, Verdict::Limited, why, "look with `nft list ruleset` in the pod");
     }
-    rules.sort();
-    rules.dedup();
-    if !asked {
-        return bad(
+    match found.mode {
+        None => ok(NAME, "none"),
+        // Both keep the address; srcip sees to the source ports.
+        Some(Mode::Tproxy) => ok(NAME, "by TPROXY, beside which srcip works"),
+        Some(Mode::Redirect) => bad(
             NAME,
             Verdict::Limited,
-            "not looked for: no iptables-save on this machine",
-            "install iptables, or look with `nft list ruleset` in the pod",
-        );
-    }
-    if rules.is_empty() {
-        return ok(NAME, "none");
-    }
-    bad(
-        NAME,
-        Verdict::Limited,
-        format!("these rules take the traffic first: {}", rules.join("; ")),
-        "remove them; Istio leaves inbound connections alone with the pod annotation \
-         traffic.sidecar.istio.io/includeInboundPorts: \"\"",
-    )
-}
-
-/// The inbound rules of an `iptables-save` that redirect.
-fn intercepting_rules(save: &str) -> Vec<String> {
-    save.lines()
-        .filter(|line| line.starts_with("-A "))
-        .filter(|line| line.contains("-j REDIRECT") || line.contains("-j TPROXY"))
-        // Istio's chain for outbound connections redirects as well.
-        .filter(|line| !["-A OUTPUT ", "-A ISTIO_REDIRECT "].iter().any(|chain| line.starts_with(chain)))
-        .map(str::to_owned)
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn finds_istios_rules_in_both_modes() {
-        let save = "*nat\n:ISTIO_IN_REDIRECT - [0:0]\n-A PREROUTING -p tcp -j ISTIO_INBOUND\n\
-                    -A ISTIO_IN_REDIRECT -p tcp -j REDIRECT --to-ports 15006\n\
-                    -A ISTIO_REDIRECT -p tcp -j REDIRECT --to-ports 15001\n\
-                    -A OUTPUT -p tcp -j REDIRECT --to-ports 15001\nCOMMIT\n*mangle\n\
-                    -A ISTIO_TPROXY ! -d 127.0.0.1/32 -p tcp -j TPROXY --on-port 15006\nCOMMIT\n";
-        let rules = intercepting_rules(save);
-        assert_eq!(rules.len(), 2);
-        assert!(rules[0].contains("15006") && rules[1].contains("TPROXY"));
+            format!("these take connections first, and the client's address: {}", found.rules.join("; ")),
+            "remove them (`srcip audit` has the commands); with Istio, annotate the pod with \
+             sidecar.istio.io/interceptionMode: TPROXY",
+        ),
     }
 }

@@ -37,6 +37,12 @@ pub enum NetnsError {
         .0.display()
     )]
     NotANetns(PathBuf),
+    /// It is that of a process that this one may not look into.
+    #[error(
+        "network namespace {}: permission denied; to open that of another user's process takes CAP_SYS_PTRACE: \
+         run as root, or give the container this capability", .0.display()
+    )]
+    Denied(PathBuf),
     /// The kernel refused.
     #[error("failed to {action} network namespace {}: {source}", .path.display())]
     Io {
@@ -54,6 +60,13 @@ pub enum NetnsError {
 pub struct NetnsId {
     device: u64,
     inode: u64,
+}
+
+impl NetnsId {
+    /// The inode number, which another namespace may have once this one has gone.
+    pub fn inode(self) -> u64 {
+        self.inode
+    }
 }
 
 /// The kernel's name for a network namespace, unique until reboot. Programs know pods by it.
@@ -78,7 +91,6 @@ pub struct Netns {
 impl Netns {
     /// Opens the namespace at `path`: `/run/netns/NAME`, `/proc/PID/ns/net`.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
-        let failed = |source| NetnsError::Io { action: "open", path: path.to_owned(), source };
         // Without O_NONBLOCK, opening a FIFO that someone put there would wait forever.
         let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
         let file = match open(path, flags, Mode::empty()) {
@@ -86,12 +98,24 @@ impl Netns {
             Err(nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ESRCH) => {
                 return Err(NetnsError::NotFound(path.to_owned()));
             }
-            Err(error) => return Err(failed(error.into())),
+            Err(nix::Error::EACCES) => return Err(NetnsError::Denied(path.to_owned())),
+            Err(error) => {
+                return Err(NetnsError::Io { action: "open", path: path.to_owned(), source: error.into() });
+            }
         };
+        Self::from_file(file, path)
+    }
+
+    /// A namespace that somebody has opened already; `path` is where, for messages and the record.
+    pub fn from_file(file: File, path: &Path) -> Result<Self, NetnsError> {
         if namespace_type(file.as_fd()) != Some(libc::CLONE_NEWNET) {
             return Err(NetnsError::NotANetns(path.to_owned()));
         }
-        let metadata = file.metadata().map_err(failed)?;
+        let metadata = file.metadata().map_err(|source| NetnsError::Io {
+            action: "open",
+            path: path.to_owned(),
+            source,
+        })?;
         let id = NetnsId { device: metadata.dev(), inode: metadata.ino() };
         Ok(Self { file, path: path.to_owned(), id })
     }
@@ -103,25 +127,17 @@ impl Netns {
 
     /// All namespaces of this machine that can be reached, each once: the named ones and those of all
     /// processes.
-    pub fn all() -> Vec<Self> {
-        let named = std::fs::read_dir(NAMED).into_iter().flatten().flatten().map(|e| e.path());
-        let processes = std::fs::read_dir("/proc")
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit())
-            .map(|entry| entry.path().join("ns/net"));
-        let mut seen = std::collections::HashSet::new();
-        named
-            .chain(processes)
-            .filter_map(|path| Self::open(&path).ok())
-            .filter(|netns| seen.insert(netns.id()))
-            .collect()
+    pub fn all() -> impl Iterator<Item = Self> {
+        each_once(paths())
     }
 
-    /// Finds a namespace by its cookie.
-    pub fn find(cookie: NetnsCookie) -> Option<Self> {
-        Self::all().into_iter().find(|netns| netns.cookie().is_ok_and(|found| found == cookie))
+    /// Finds a namespace by its cookie. If its inode number is known as well, that takes a `stat` for each
+    /// process of the machine, not a visit to each namespace.
+    pub fn find(cookie: NetnsCookie, inode: Option<u64>) -> Option<Self> {
+        let may_be = |path: &PathBuf| {
+            inode.is_none_or(|inode| std::fs::metadata(path).is_ok_and(|found| found.ino() == inode))
+        };
+        each_once(paths().filter(may_be)).find(|netns| netns.cookie().is_ok_and(|found| found == cookie))
     }
 
     /// The host's own, as far as this process can see it: that of the first process, or its own.
@@ -143,6 +159,11 @@ impl Netns {
     /// Whether it is the one that the host's first process is in.
     pub fn is_host(&self) -> bool {
         Self::host().is_some_and(|host| host.id() == self.id())
+    }
+
+    /// The cookie of the calling thread's. Linux 5.14.
+    pub fn cookie_here() -> io::Result<NetnsCookie> {
+        netns_cookie().map(NetnsCookie)
     }
 
     /// Its cookie. Linux 5.14.
@@ -172,6 +193,20 @@ impl Netns {
             source: error.into(),
         })
     }
+}
+
+/// Where namespaces can be reached: by name, and by process.
+fn paths() -> impl Iterator<Item = PathBuf> {
+    let entries = |directory| std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let processes = entries("/proc")
+        .filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit())
+        .map(|entry| entry.path().join("ns/net"));
+    entries(NAMED).map(|entry| entry.path()).chain(processes)
+}
+
+fn each_once(paths: impl Iterator<Item = PathBuf>) -> impl Iterator<Item = Netns> {
+    let mut seen = std::collections::HashSet::new();
+    paths.filter_map(|path| Netns::open(&path).ok()).filter(move |netns| seen.insert(netns.id()))
 }
 
 impl AsFd for Netns {
@@ -231,6 +266,9 @@ mod tests {
         for path in ["/proc/self/ns/mnt", "/etc/hostname", "/tmp", "/dev/null"] {
             let error = Netns::open(Path::new(path)).unwrap_err();
             assert!(error.to_string().contains("is not a network namespace"), "{path}: {error}");
+            let file = File::open(path).unwrap();
+            let error = Netns::from_file(file, Path::new("/run/netns/a")).unwrap_err();
+            assert!(error.to_string().starts_with("/run/netns/a is not a network namespace"), "{error}");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{fmt, ops::RangeInclusive, str::FromStr};
 
+use serde::{Deserialize, Serialize};
 use srcip_common::ports::{PortRange, PortSet, UpstreamPorts, UpstreamPortsError};
 
 /// Why a list of ports was not understood.
@@ -44,7 +45,8 @@ fn parse_range(text: &str) -> Result<RangeInclusive<u16>, PortsError> {
 }
 
 /// A list of ports and ranges, kept as it was written.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct PortList {
     text: String,
     ranges: Vec<RangeInclusive<u16>>,
@@ -59,6 +61,11 @@ impl PortList {
     /// No port.
     pub fn none() -> Self {
         Self { text: String::new(), ranges: Vec::new() }
+    }
+
+    /// Whether it is every port.
+    pub fn is_all(&self) -> bool {
+        self.ranges.contains(&(1..=u16::MAX))
     }
 
     /// The ranges, in the order written.
@@ -79,13 +86,27 @@ impl FromStr for PortList {
             return Err(PortsError::Empty);
         }
         let ranges = text.split(',').map(parse_range).collect::<Result<_, _>>()?;
-        Ok(Self { text: text.replace(' ', ""), ranges })
+        Ok(Self { text: text.replace(char::is_whitespace, ""), ranges })
     }
 }
 
 impl fmt::Display for PortList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
+    }
+}
+
+impl TryFrom<String> for PortList {
+    type Error = PortsError;
+
+    fn try_from(text: String) -> Result<Self, PortsError> {
+        text.parse()
+    }
+}
+
+impl From<PortList> for String {
+    fn from(list: PortList) -> Self {
+        list.text
     }
 }
 
@@ -99,7 +120,8 @@ pub fn steered_ports(include: &PortList, exclude: &PortList, proxy_ports: &[u16]
 }
 
 /// Source ports for upstream legs, kept as they were written.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct UpstreamPortList {
     text: String,
     /// The ports, checked.
@@ -131,6 +153,20 @@ impl FromStr for UpstreamPortList {
             })
         })?;
         Ok(Self { text: list.to_string(), ports })
+    }
+}
+
+impl TryFrom<String> for UpstreamPortList {
+    type Error = PortsError;
+
+    fn try_from(text: String) -> Result<Self, PortsError> {
+        text.parse()
+    }
+}
+
+impl From<UpstreamPortList> for String {
+    fn from(list: UpstreamPortList) -> Self {
+        list.text
     }
 }
 

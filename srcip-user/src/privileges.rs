@@ -4,16 +4,54 @@ use std::fs;
 
 use anyhow::{Result, bail};
 
-/// Capabilities srcip needs, by number (linux/capability.h), with the reason.
-const NEEDED: [(u32, &str, &str); 4] = [
-    (12, "CAP_NET_ADMIN", "attach to network namespaces, cgroups and devices; routes and rules"),
-    (21, "CAP_SYS_ADMIN", "enter a pod's network namespace"),
-    (38, "CAP_PERFMON", "run the iterator over a pod's sockets"),
-    (39, "CAP_BPF", "load programs and open pinned maps"),
+/// A capability, by number (linux/capability.h).
+struct Capability {
+    number: u32,
+    name: &'static str,
+    /// What it is needed for.
+    why: &'static str,
+    /// Whether the kernel takes `CAP_SYS_ADMIN` in its place (`bpf_capable`, `perfmon_capable`).
+    implied: bool,
+}
+
+const SYS_ADMIN: u32 = 21;
+
+/// What every verb needs that looks at connections.
+const WATCHING: [Capability; 3] = [
+    Capability {
+        number: SYS_ADMIN,
+        name: "CAP_SYS_ADMIN",
+        why: "enter a pod's network namespace",
+        implied: false,
+    },
+    Capability {
+        number: 38,
+        name: "CAP_PERFMON",
+        why: "run the iterator over a pod's sockets; CAP_SYS_ADMIN does instead",
+        implied: true,
+    },
+    Capability {
+        number: 39,
+        name: "CAP_BPF",
+        why: "load programs and open pinned maps; CAP_SYS_ADMIN does instead",
+        implied: true,
+    },
 ];
 
-/// The needed capabilities that this process does not have.
+/// What those need besides that change something.
+const STEERING: Capability = Capability {
+    number: 12,
+    name: "CAP_NET_ADMIN",
+    why: "rules and routes of pods, programs on their devices",
+    implied: false,
+};
+
+/// The capabilities, needed for steering, that this process does not have.
 pub fn missing() -> Vec<(&'static str, &'static str)> {
+    missing_of(&[&STEERING].into_iter().chain(&WATCHING).collect::<Vec<_>>())
+}
+
+fn missing_of(needed: &[&Capability]) -> Vec<(&'static str, &'static str)> {
     let effective = fs::read_to_string("/proc/self/status")
         .ok()
         .and_then(|status| {
@@ -22,16 +60,25 @@ pub fn missing() -> Vec<(&'static str, &'static str)> {
         })
         // Nothing to go by: let the kernel decide.
         .unwrap_or(u64::MAX);
-    NEEDED
-        .into_iter()
-        .filter(|(number, ..)| effective >> number & 1 == 0)
-        .map(|(_, name, why)| (name, why))
+    let has = |number: u32| effective >> number & 1 == 1;
+    needed
+        .iter()
+        .filter(|capability| !(has(capability.number) || capability.implied && has(SYS_ADMIN)))
+        .map(|capability| (capability.name, capability.why))
         .collect()
 }
 
-/// Fails if a capability is missing.
+/// Fails if a capability is missing that looking at connections takes.
+pub fn require_watching(verb: &str) -> Result<()> {
+    refuse(verb, &missing_of(&WATCHING.iter().collect::<Vec<_>>()))
+}
+
+/// Fails if a capability is missing that steering takes.
 pub fn require(verb: &str) -> Result<()> {
-    let missing = missing();
+    refuse(verb, &missing())
+}
+
+fn refuse(verb: &str, missing: &[(&str, &str)]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }

@@ -13,10 +13,11 @@ use std::{
 };
 
 use futures_util::TryStreamExt as _;
+use ipnet::IpNet;
 use netlink_packet_route::{
     address::AddressAttribute,
-    link::{LinkAttribute, LinkFlags},
-    route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    link::{LinkAttribute, LinkFlags, LinkLayerType},
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
@@ -27,6 +28,11 @@ const PROTOCOL: RouteProtocol = RouteProtocol::Other(213);
 
 /// Before the table `main` (32766), after anything an administrator is likely to have put in front.
 const RULE_PRIORITY: u32 = 1337;
+
+/// The metric of our routes. Istio adds the same route to the same table, with the kernel's default metric, and
+/// takes "exists already" for success: with a metric of its own, ours is neither in the way of that one nor
+/// missed by Istio's rules once it goes.
+const ROUTE_METRIC: u32 = 213;
 
 /// `LOOPBACK_IFINDEX`: the same in every network namespace.
 const LOOPBACK: u32 = 1;
@@ -88,7 +94,8 @@ impl ReturnRoute {
 
     async fn install_family(&self, handle: &Handle, family: &IpVersion) -> Result<()> {
         let hint = "; is lo up? (`ip link set lo up`)";
-        let message = self.route(family);
+        let mut message = self.route(family);
+        message.attributes.push(RouteAttribute::Priority(ROUTE_METRIC));
         let added = handle.route().add(message).execute().await;
         tolerate(added, libc::EEXIST).map_err(|source| RoutingError {
             action: format!("add the local route to table {}", self.table),
@@ -133,6 +140,7 @@ impl ReturnRoute {
                         })?;
                     }
                 }
+                // Without a metric: whatever it is, the kernel compares the protocol.
                 let removed = handle.route().del(self.route(&family)).execute().await;
                 // No such route, or no such table, or no such family.
                 let removed = tolerate(removed, libc::ESRCH)
@@ -149,7 +157,7 @@ impl ReturnRoute {
         })
     }
 
-    /// Rules of others that look at our mark. Packets that bear it would go where those say.
+    /// Rules of others that look at our mark and lead elsewhere. Packets that bear it would go where those say.
     pub fn foreign_rules(&self) -> Result<Vec<ForeignRule>> {
         netlink(async |handle| {
             let mut foreign = Vec::new();
@@ -159,6 +167,8 @@ impl ReturnRoute {
                     found
                         .iter()
                         .filter(|rule| !is_ours(rule) && matches_mark(rule, self.mark))
+                        // As Istio's: it says the same as ours.
+                        .filter(|rule| !rule.attributes.contains(&RuleAttribute::Table(self.table)))
                         .map(|rule| ForeignRule { description: describe(rule, &family) }),
                 );
             }
@@ -166,22 +176,25 @@ impl ReturnRoute {
         })
     }
 
-    /// How many routes of others lie in our table.
+    /// Whether somebody else has a rule that sends our mark to our table, as Istio does for TPROXY.
+    pub fn has_twin(&self) -> Result<bool> {
+        netlink(async |handle| {
+            let found = rules(&handle, &IpVersion::V4).await?;
+            Ok(found.iter().any(|rule| {
+                !is_ours(rule)
+                    && matches_mark(rule, self.mark)
+                    && rule.attributes.contains(&RuleAttribute::Table(self.table))
+            }))
+        })
+    }
+
+    /// How many routes of others lie in our table and lead elsewhere.
     pub fn foreign_routes(&self) -> Result<usize> {
         netlink(async |handle| {
-            let mut count = 0;
-            for family in FAMILIES {
-                let request = match family {
-                    IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-                    IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-                };
-                let routes = handle.route().get(request).execute().try_collect::<Vec<_>>().await;
-                count += failing("read the routes", routes)?
-                    .iter()
-                    .filter(|r| table_of(r) == self.table && r.header.protocol != PROTOCOL)
-                    .count();
-            }
-            Ok(count)
+            let is_foreign = |route: &&RouteMessage| {
+                table_of(route) == self.table && route.header.protocol != PROTOCOL && !is_return_route(route)
+            };
+            Ok(routes(&handle).await?.iter().filter(is_foreign).count())
         })
     }
 
@@ -243,6 +256,13 @@ fn describe(rule: &RuleMessage, family: &IpVersion) -> String {
     text
 }
 
+/// Whether it is `local default dev lo`, as ours and Istio's.
+fn is_return_route(route: &RouteMessage) -> bool {
+    route.header.kind == RouteType::Local
+        && route.header.destination_prefix_length == 0
+        && route.attributes.contains(&RouteAttribute::Oif(LOOPBACK))
+}
+
 fn table_of(route: &RouteMessage) -> u32 {
     let wide = route.attributes.iter().find_map(|attribute| match attribute {
         RouteAttribute::Table(table) => Some(*table),
@@ -262,11 +282,21 @@ async fn rules(handle: &Handle, family: &IpVersion) -> Result<Vec<RuleMessage>> 
 
 /// All addresses of the namespace but loopback's.
 pub fn addresses() -> Result<Vec<IpAddr>> {
+    addresses_if(|_| true)
+}
+
+/// The addresses of a device.
+pub fn addresses_of(device: &Device) -> Result<Vec<IpAddr>> {
+    addresses_if(|index| index == device.index)
+}
+
+fn addresses_if(is_wanted: impl Fn(u32) -> bool) -> Result<Vec<IpAddr>> {
     netlink(async |handle| {
         let messages = handle.address().get().execute().try_collect::<Vec<_>>().await;
         let messages = failing("read the addresses", messages)?;
         let mut addresses: Vec<_> = messages
             .iter()
+            .filter(|message| is_wanted(message.header.index))
             .filter_map(|message| {
                 // On a point-to-point device `Address` is the other end's; `Local` is ours.
                 let local = message.attributes.iter().find_map(|a| match a {
@@ -305,6 +335,79 @@ pub fn devices() -> Result<Vec<Device>> {
             })
             .collect())
     })
+}
+
+/// Whether a device has Ethernet headers.
+pub fn is_ethernet(device: &Device) -> Result<bool> {
+    netlink(async |handle| {
+        let link = handle.link().get().match_index(device.index).execute().try_next().await;
+        let link = failing("read a device", link)?;
+        Ok(link.is_some_and(|link| link.header.link_layer_type == LinkLayerType::Ether))
+    })
+}
+
+/// The routes of the table `main` to what is directly behind a device, with the device's number.
+pub fn direct_routes() -> Result<Vec<(IpNet, u32)>> {
+    netlink(async |handle| Ok(routes(&handle).await?.iter().filter_map(direct_route).collect()))
+}
+
+/// The numbers of the devices that the default routes of the table `main` lead to, each once: by these the world
+/// is reached.
+pub fn default_devices() -> Result<Vec<u32>> {
+    netlink(async |handle| {
+        let mut found: Vec<u32> = routes(&handle).await?.iter().flat_map(default_route).collect();
+        found.sort_unstable();
+        found.dedup();
+        Ok(found)
+    })
+}
+
+/// The routes of all tables and both families.
+async fn routes(handle: &Handle) -> Result<Vec<RouteMessage>> {
+    let mut found = Vec::new();
+    for family in FAMILIES {
+        let request = match family {
+            IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+            IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+        };
+        let routes = handle.route().get(request).execute().try_collect::<Vec<_>>().await;
+        found.extend(failing("read the routes", routes)?);
+    }
+    Ok(found)
+}
+
+/// The devices that a route leads to, if it is a default route: one of several hops has several.
+fn default_route(route: &RouteMessage) -> Vec<u32> {
+    if route.header.kind != RouteType::Unicast
+        || route.header.destination_prefix_length != 0
+        || table_of(route) != u32::from(RouteHeader::RT_TABLE_MAIN)
+    {
+        return Vec::new();
+    }
+    let devices = route.attributes.iter().flat_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => vec![*index],
+        RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+        _ => Vec::new(),
+    });
+    devices.collect()
+}
+
+fn direct_route(route: &RouteMessage) -> Option<(IpNet, u32)> {
+    if route.header.kind != RouteType::Unicast || table_of(route) != u32::from(RouteHeader::RT_TABLE_MAIN) {
+        return None;
+    }
+    let (mut destination, mut device) = (None, None);
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => return None,
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => destination = Some(IpAddr::V4(*ip)),
+            RouteAttribute::Destination(RouteAddress::Inet6(ip)) => destination = Some(IpAddr::V6(*ip)),
+            RouteAttribute::Oif(index) => device = Some(*index),
+            _ => {}
+        }
+    }
+    let net = IpNet::new(destination?, route.header.destination_prefix_length).ok()?;
+    Some((net, device?))
 }
 
 /// Whether `lo` is up.

@@ -8,14 +8,19 @@ use std::{
     },
 };
 
+use futures_util::future::{pending, select_all};
 use nix::sys::signal::{SigSet, Signal};
 use signal_hook::{
     consts::{SIGHUP, SIGINT, SIGTERM},
     flag,
 };
+use tokio::signal::unix::{SignalKind, signal};
 
 /// What a shell tells of a command that a signal has ended.
 const ENDED_BY_SIGNAL: i32 = 128;
+
+/// Those that ask for an end.
+const SIGNALS: [i32; 3] = [SIGINT, SIGTERM, SIGHUP];
 
 /// Whether a signal has asked this process to end.
 #[derive(Clone, Debug, Default)]
@@ -29,7 +34,7 @@ impl Ending {
     pub fn watch() -> io::Result<Self> {
         let ending = Self::default();
         let ignored = ignored();
-        for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !is_in(*signal, ignored)) {
+        for signal in SIGNALS.into_iter().filter(|signal| !is_in(*signal, ignored)) {
             // In this order: the first one finds the flag unset.
             flag::register_conditional_shutdown(signal, ENDED_BY_SIGNAL + signal, Arc::clone(&ending.0))?;
             flag::register(signal, Arc::clone(&ending.0))?;
@@ -43,6 +48,23 @@ impl Ending {
     /// Whether one has come.
     pub fn has_come(&self) -> bool {
         self.0.load(Ordering::Relaxed)
+    }
+
+    /// Waits until one has come, without asking again and again. Inside a tokio runtime.
+    pub fn come(&self) -> io::Result<impl Future<Output = ()> + use<>> {
+        let (ending, ignored) = (self.clone(), ignored());
+        let watched = SIGNALS.into_iter().filter(|signal| !is_in(*signal, ignored));
+        let mut signals =
+            watched.map(|number| signal(SignalKind::from_raw(number))).collect::<io::Result<Vec<_>>>()?;
+        Ok(async move {
+            if signals.is_empty() {
+                return pending().await;
+            }
+            // One that came before this was called is in the flag.
+            while !ending.has_come() {
+                select_all(signals.iter_mut().map(|signal| Box::pin(signal.recv()))).await;
+            }
+        })
     }
 }
 

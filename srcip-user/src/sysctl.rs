@@ -2,7 +2,16 @@
 //!
 //! Everything here acts on the calling thread's network namespace.
 
-use std::{collections::BTreeMap, fs, io};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Write as _},
+};
+
+use rustix::{
+    fs::{Mode, OFlags, openat},
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
+};
 
 use crate::routing::{Result, RoutingError, failing_io};
 
@@ -25,12 +34,22 @@ const NEEDED: [(&str, u8); 4] = [
     ("net.ipv4.tcp_tw_reuse", 1),
 ];
 
+/// The end of the names of two of them.
+const REFLECT: &str = ".fwmark_reflect";
+
 impl Sysctls {
     /// What upstream legs need, as far as this kernel has it.
-    pub fn needed() -> Result<Self> {
-        let current = Self::read()?;
-        let needed = NEEDED.map(|(name, value)| (name.to_owned(), value));
-        Ok(Self(needed.into_iter().filter(|(name, _)| current.0.contains_key(name)).collect()))
+    ///
+    /// Where Istio's rules are in force beside ours (`beside_istio`), what the kernel answers without a socket is
+    /// left as it was in `previous`: they mark what comes from clients, too, whose resets would come back into
+    /// the pod. Those of upstream legs they bring back themselves, by conntrack.
+    pub fn needed(previous: &Self, beside_istio: bool) -> Self {
+        let needed = NEEDED.into_iter().filter_map(|(name, value)| {
+            let previous = *previous.0.get(name)?;
+            let leave = beside_istio && name.ends_with(REFLECT);
+            Some((name.to_owned(), if leave { previous } else { value }))
+        });
+        Self(needed.collect())
     }
 
     /// Reads them.
@@ -50,18 +69,46 @@ impl Sysctls {
         Ok(Self(values))
     }
 
+    /// Which of `wanted` have another value in these.
+    pub fn differing<'a>(&self, wanted: &'a Self) -> Vec<&'a str> {
+        let differs = |(name, value): &(&String, &u8)| self.0.get(*name) != Some(*value);
+        wanted.0.iter().filter(differs).map(|(name, _)| name.as_str()).collect()
+    }
+
     /// Sets those that differ.
     pub fn write(&self) -> Result<()> {
         let current = Self::read()?;
         for (name, value) in self.0.iter().filter(|(name, value)| current.0.get(*name) != Some(value)) {
-            fs::write(sysctl_path(name), value.to_string()).map_err(|source| RoutingError {
+            write(name, &value.to_string()).map_err(|source| RoutingError {
                 action: format!("set {name} to {value}"),
                 source,
-                hint: "; a container needs /proc/sys mounted writable for that",
+                hint: "; where /proc/sys is read-only, as in a container, that takes Linux 5.2, CAP_SYS_ADMIN, and \
+                       a seccomp profile that allows fsopen and fsmount with it",
             })?;
         }
         Ok(())
     }
+}
+
+fn write(name: &str, value: &str) -> io::Result<()> {
+    match fs::write(sysctl_path(name), value) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => write_to_own_proc(name, value),
+        written => written,
+    }
+}
+
+/// Containers have /proc/sys mounted read-only. A procfs of our own is not, and nobody else sees it: it is
+/// mounted nowhere. Linux 5.2.
+fn write_to_own_proc(name: &str, value: &str) -> io::Result<()> {
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let proc = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let path = format!("sys/{}", name.replace('.', "/"));
+    let file = openat(proc, path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    fs::File::from(file).write_all(value.as_bytes())
 }
 
 fn sysctl_path(name: &str) -> String {

@@ -21,6 +21,14 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if is_unprintable(c) { REPLACEMENT } else { c }).collect()
 }
 
+/// The beginning of a text from elsewhere, in at most so many characters; `…` stands for the rest.
+pub fn beginning(text: &str, characters: usize) -> String {
+    let mut rest = text.chars();
+    let mut beginning = printable(&rest.by_ref().take(characters).collect::<String>());
+    beginning.extend(rest.next().map(|_| ELLIPSIS));
+    beginning
+}
+
 /// How many columns of a terminal a text takes.
 pub fn width(text: &str) -> usize {
     text.width()
@@ -87,6 +95,13 @@ mod tests {
             "web\u{fffd}[2J\u{fffd}\u{fffd}\u{fffd}31m\u{fffd}"
         );
         assert_eq!(printable("größe-名前"), "größe-名前");
+    }
+
+    #[test]
+    fn a_beginning_says_that_it_is_one() {
+        assert_eq!(beginning("aä\n", 3), "aä\u{fffd}");
+        assert_eq!(beginning("aä\nx", 3), "aä\u{fffd}…");
+        assert_eq!(beginning("", 0), "");
     }
 
     #[test]

@@ -78,6 +78,14 @@ pub fn origin(host: &Host, to: SocketAddr) -> Result<IpAddr> {
     Ok(json["origin"].as_str().context("no origin")?.parse()?)
 }
 
+/// What curl on `host` gets from a URL, whoever has signed the certificate.
+pub fn curl(host: &Host, url: &str) -> Result<String> {
+    host.sh(&format!(
+        "curl --silent --show-error --insecure --globoff --max-time {} {url}",
+        PATIENCE.as_secs()
+    ))
+}
+
 /// An HTTP response.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Response {

@@ -110,6 +110,12 @@ impl Host {
         Ok(())
     }
 
+    /// Takes note of addresses that it has been given already.
+    pub(crate) fn know_addresses(&mut self, (v4, v6): (Ipv4Addr, Ipv6Addr)) {
+        self.v4.push(v4);
+        self.v6.push(v6);
+    }
+
     /// Runs `ip` in the namespace.
     pub fn ip(&self, arguments: &str) -> Result<String> {
         sh(&format!("ip -n {} {arguments}", self.name))

@@ -5,20 +5,41 @@
 //! - [`proxy`]: Envoy, HAProxy and nginx as distributions ship them.
 //! - [`peer`]: the application, and clients in numbers, as processes of their own.
 //! - [`srcip`]: the command under test.
+//! - [`cluster`]: several nodes with pods, a router, a client outside, a load balancer.
+//! - [`agent`]: a running node agent.
 //! - [`mesh`]: rule sets of Istio and kube-proxy.
+//! - [`manifests`]: what is deployed on clusters, rendered.
 //! - [`load`]: a steady load of new connections.
 //! - [`observe`]: a running `srcip observe`.
-//! - [`client`]: single connections from a host.
+//! - [`client`]: single connections from a host. [`options`]: of sockets.
+//! - [`apiserver`]: a Kubernetes API server that fails as it is told to.
+//! - [`cni`]: what a container runtime does with CNI plugins.
+//! - [`containerd`]: a node with a container runtime, through [`cri`]; [`pod`]s on it, of [`image`]s.
+//! - [`kubectl`]: the real one. [`scratch`]: a directory.
 //! - [`stale`]: removes what a run that was killed left behind.
 
+pub mod agent;
+pub mod apiserver;
+pub mod bare;
 pub mod client;
+pub mod cluster;
+pub mod cni;
+pub mod containerd;
+pub mod cri;
 pub mod host;
+pub mod image;
+pub mod kernel;
+pub mod kubectl;
 pub mod load;
+pub mod manifests;
 pub mod mesh;
 pub mod observe;
+pub mod options;
 pub mod peer;
+pub mod pod;
 pub mod process;
 pub mod proxy;
+pub mod scratch;
 pub mod srcip;
 pub mod stale;
 pub mod world;

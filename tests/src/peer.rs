@@ -30,6 +30,11 @@ pub fn application(host: &Host, addresses: &[&str]) -> Result<Process> {
     start(host, "httpbin", addresses)
 }
 
+/// The same behind proxies that it believes, as httpbin does: `/ip` says whom they name as the client.
+pub fn forwarded(host: &Host, addresses: &[&str]) -> Result<Process> {
+    start(host, "forwarded", addresses)
+}
+
 /// Starts a TCP application, which greets with the ends of the connection and then echoes.
 pub fn echo(host: &Host, addresses: &[&str]) -> Result<Process> {
     start(host, "echo", addresses)
@@ -44,14 +49,24 @@ fn start(host: &Host, verb: &str, addresses: &[&str]) -> Result<Process> {
     Ok(process)
 }
 
-/// Opens connections from `host` to a TCP application as fast as it goes; returns how many there were.
-pub fn hammer(host: &Host, to: SocketAddr, threads: usize, time: Duration) -> Result<usize> {
+/// What came of hammering.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hammered {
+    /// How many connections there were.
+    pub count: usize,
+    /// Within which time 99 of 100 of them had been greeted.
+    pub p99: Duration,
+}
+
+/// Opens connections from `host` to a TCP application as fast as it goes.
+pub fn hammer(host: &Host, to: SocketAddr, threads: usize, time: Duration) -> Result<Hammered> {
     let mut command = host.command(&binary("srcip-peer").display().to_string())?;
     command.args(["hammer", &to.to_string(), "--threads", &threads.to_string()]);
     command.args(["--milliseconds", &time.as_millis().to_string()]);
     let text = String::from_utf8(run(&mut command)?.stdout)?;
-    let count = text.trim().strip_prefix("opened ").with_context(|| format!("not an outcome: {text:?}"))?;
-    Ok(count.parse()?)
+    let words: Vec<_> = text.split_whitespace().collect();
+    let ["opened", count, "p99", p99] = words[..] else { anyhow::bail!("not an outcome: {text:?}") };
+    Ok(Hammered { count: count.parse()?, p99: Duration::from_micros(p99.parse()?) })
 }
 
 /// Asks the HTTP application at `to` once, from a process on `host`: what a pod does itself, so that

@@ -3,10 +3,10 @@
 use std::{
     ffi::OsStr,
     fs::File,
-    io::{Read as _, Seek as _, Write as _},
+    io::Write as _,
     os::{
         fd::{AsRawFd as _, RawFd},
-        unix::process::CommandExt as _,
+        unix::{fs::FileExt as _, process::CommandExt as _},
     },
     path::PathBuf,
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -81,10 +81,16 @@ impl Process {
 
     /// What it has printed.
     pub fn log(&self) -> String {
-        let mut text = String::new();
-        let mut log = &self.log;
-        let read = log.rewind().and_then(|()| log.read_to_string(&mut text));
-        read.map_or_else(|error| error.to_string(), |_| text)
+        // At offsets of our own: the file's is where the process writes, at any moment.
+        let mut text = Vec::new();
+        let mut chunk = [0; 8192];
+        loop {
+            match self.log.read_at(&mut chunk, text.len() as u64) {
+                Ok(0) => return String::from_utf8_lossy(&text).into_owned(),
+                Ok(length) => text.extend_from_slice(&chunk[..length]),
+                Err(error) => return error.to_string(),
+            }
+        }
     }
 
     /// Sends it a signal.

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, Ordering},
 };
@@ -9,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 
-use crate::{host::Host, process::Process};
+use crate::{cluster::gateway::HTTPS_PORT, host::Host, process::Process};
 
 /// The port of every sidecar here, as Istio has it.
 pub const PROXY_PORT: u16 = 15006;
@@ -21,6 +22,8 @@ pub enum Kind {
     Envoy,
     /// Envoy, TCP, with the client's address: one upstream connection per client connection.
     EnvoyTcp,
+    /// Envoy as an ingress gateway.
+    EnvoyGateway,
     /// Envoy as a mesh sets it up by default: dials from 127.0.0.6.
     EnvoyRedirect,
     /// HAProxy, HTTP, with the client's address.
@@ -41,6 +44,7 @@ impl Kind {
         match self {
             Self::Envoy => include_str!("../../deploy/examples/envoy.yaml"),
             Self::EnvoyTcp => include_str!("../../deploy/examples/envoy-tcp.yaml"),
+            Self::EnvoyGateway => include_str!("../../deploy/examples/envoy-gateway.yaml"),
             Self::EnvoyRedirect => include_str!("../../deploy/examples/envoy-redirect.yaml"),
             Self::Haproxy | Self::HaproxyTcp | Self::HaproxyRedirect => {
                 include_str!("../../deploy/examples/haproxy.cfg")
@@ -50,7 +54,12 @@ impl Kind {
     }
 
     fn is_envoy(self) -> bool {
-        matches!(self, Self::Envoy | Self::EnvoyTcp | Self::EnvoyRedirect)
+        matches!(self, Self::Envoy | Self::EnvoyTcp | Self::EnvoyGateway | Self::EnvoyRedirect)
+    }
+
+    /// Where it listens.
+    fn port(self) -> u16 {
+        if self == Self::EnvoyGateway { HTTPS_PORT } else { PROXY_PORT }
     }
 }
 
@@ -59,6 +68,11 @@ pub fn envoy() -> Option<PathBuf> {
     let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/envoy");
     let named = std::env::var_os("SRCIP_ENVOY").map(PathBuf::from);
     [named, Some(installed)].into_iter().flatten().find(|path| path.is_file())
+}
+
+/// Envoy with the mark that Istio gives to upstream legs in TPROXY mode.
+pub fn with_istios_mark(config: String) -> String {
+    config.replace("original_src.v3.OriginalSrc\n", "original_src.v3.OriginalSrc\n        mark: 1337\n")
 }
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
@@ -70,6 +84,8 @@ pub struct Proxy {
     host: String,
     directory: PathBuf,
     config: PathBuf,
+    /// Who it runs as: options for `setpriv`.
+    identity: Vec<String>,
     /// Envoy's shared memory has a number per machine, not per network namespace.
     base_id: u32,
     epoch: u32,
@@ -93,6 +109,16 @@ impl Proxy {
 
     /// The same without waiting.
     pub fn spawn(host: &Host, kind: Kind, change: impl FnOnce(String) -> String) -> Result<Self> {
+        Self::spawn_as(host, kind, "", change)
+    }
+
+    /// The same as somebody else: `identity` has options for `setpriv`, separated by blanks.
+    pub fn spawn_as(
+        host: &Host,
+        kind: Kind,
+        identity: &str,
+        change: impl FnOnce(String) -> String,
+    ) -> Result<Self> {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let directory = host.directory().join(format!("{}-proxy{number}", host.name()));
         fs::create_dir_all(&directory)?;
@@ -100,14 +126,20 @@ impl Proxy {
         let extension = if kind.is_envoy() { "yaml" } else { "conf" };
         let path = directory.join(format!("proxy.{extension}"));
         fs::write(&path, config)?;
+        let identity: Vec<_> = identity.split_whitespace().map(str::to_owned).collect();
+        if !identity.is_empty() {
+            // Its access log and what else it writes.
+            fs::set_permissions(&directory, fs::Permissions::from_mode(0o777))?;
+        }
         // Unique on this machine as far as this run goes; Envoy takes numbers below 2^32.
         let base_id = std::process::id() % 40_000 * 1000 + number;
-        let process = launch(host, kind, &directory, &path, base_id, 0, None)?;
+        let process = launch(host, kind, &identity, &path, base_id, 0, None)?;
         Ok(Self {
             kind,
             host: host.name().to_owned(),
             directory,
             config: path,
+            identity,
             base_id,
             epoch: 0,
             process,
@@ -115,9 +147,10 @@ impl Proxy {
         })
     }
 
-    /// Waits until it listens on [`PROXY_PORT`].
+    /// Waits until it listens on its port, of several the last.
     pub fn wait_listening(&mut self, host: &Host) -> Result<()> {
-        self.process.wait_until("listens on its port", |_| host.listens(PROXY_PORT))
+        let port = self.kind.port();
+        self.process.wait_until("listens on its port", |_| host.listens(port))
     }
 
     /// Its process.
@@ -146,7 +179,7 @@ impl Proxy {
             Kind::Haproxy | Kind::HaproxyTcp => {
                 let old = self.process.pid();
                 let process =
-                    launch(host, self.kind, &self.directory, &self.config, 0, self.epoch + 1, Some(old))?;
+                    launch(host, self.kind, &self.identity, &self.config, 0, self.epoch + 1, Some(old))?;
                 self.epoch += 1;
                 let previous = std::mem::replace(&mut self.process, process);
                 self.replaced.push(previous);
@@ -171,7 +204,7 @@ impl Proxy {
     /// then drains and ends.
     pub fn hot_restart(&mut self, host: &Host) -> Result<()> {
         let epoch = self.epoch + 1;
-        let process = launch(host, self.kind, &self.directory, &self.config, self.base_id, epoch, None)?;
+        let process = launch(host, self.kind, &self.identity, &self.config, self.base_id, epoch, None)?;
         self.epoch = epoch;
         let previous = std::mem::replace(&mut self.process, process);
         self.replaced.push(previous);
@@ -223,7 +256,7 @@ fn localise(kind: Kind, directory: &Path) -> String {
     let file = |name: &str| directory.join(name).display().to_string();
     let template = kind.template();
     match kind {
-        Kind::Envoy | Kind::EnvoyTcp | Kind::EnvoyRedirect => {
+        Kind::Envoy | Kind::EnvoyTcp | Kind::EnvoyGateway | Kind::EnvoyRedirect => {
             template.replace("/dev/stdout", &file("access.log"))
         }
         Kind::Haproxy => template.replace("/run/haproxy-sidecar.sock", &file("admin.sock")),
@@ -250,18 +283,27 @@ fn localise(kind: Kind, directory: &Path) -> String {
 fn launch(
     host: &Host,
     kind: Kind,
-    directory: &Path,
+    identity: &[String],
     config: &Path,
     base_id: u32,
     epoch: u32,
     replaces: Option<u32>,
 ) -> Result<Process> {
+    let directory = config.parent().context("a configuration in a directory")?;
     let config = config.display().to_string();
+    let command = |program: &str| -> Result<_> {
+        if identity.is_empty() {
+            return host.command(program);
+        }
+        let mut command = host.command("setpriv")?;
+        command.args(identity).arg(program);
+        Ok(command)
+    };
     let (name, command) = match kind {
-        Kind::Envoy | Kind::EnvoyTcp | Kind::EnvoyRedirect => {
+        Kind::Envoy | Kind::EnvoyTcp | Kind::EnvoyGateway | Kind::EnvoyRedirect => {
             let envoy =
                 envoy().context("no Envoy: `cargo xtask setup` installs it, or name one in SRCIP_ENVOY")?;
-            let mut command = host.command(&envoy.display().to_string())?;
+            let mut command = command(&envoy.display().to_string())?;
             command.args(["--config-path", &config, "--concurrency", "2", "--log-level", "info"]);
             command.args(["--base-id", &base_id.to_string(), "--restart-epoch", &epoch.to_string()]);
             command.args(["--drain-time-s", "1", "--parent-shutdown-time-s", "2"]);
@@ -272,7 +314,7 @@ fn launch(
             ("envoy", command)
         }
         Kind::Haproxy | Kind::HaproxyTcp | Kind::HaproxyRedirect => {
-            let mut command = host.command("/usr/sbin/haproxy")?;
+            let mut command = command("/usr/sbin/haproxy")?;
             command.args(["-db", "-f", &config]);
             if let Some(pid) = replaces {
                 let socket = directory.join("admin.sock").display().to_string();
@@ -281,7 +323,7 @@ fn launch(
             ("haproxy", command)
         }
         Kind::Nginx => {
-            let mut command = host.command("/usr/sbin/nginx")?;
+            let mut command = command("/usr/sbin/nginx")?;
             let prefix = directory.display().to_string();
             command.args(["-p", &prefix, "-c", &config, "-g", "daemon off;"]);
             ("nginx", command)

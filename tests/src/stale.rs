@@ -7,6 +7,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::Once,
     time::{Duration, Instant},
 };
 
@@ -17,6 +18,9 @@ use crate::proxy::remove_shared_memory;
 
 /// Where runs keep their files and BPF file systems.
 pub const RUN_DIRECTORY: &str = "/run/srcip-worlds";
+
+/// Where nodes with a container runtime keep its images and containers: too much for memory.
+pub const STATE_DIRECTORY: &str = "/var/lib/srcip-worlds";
 
 /// The names of this process' things start with this.
 pub fn prefix() -> String {
@@ -49,6 +53,17 @@ fn entries(directory: &Path) -> Vec<(String, PathBuf)> {
     entries.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path())).collect()
 }
 
+/// Removes what earlier runs left, the first time it is called; says so. To be called by whatever makes
+/// something.
+pub(crate) fn remove_first() {
+    static FIRST: Once = Once::new();
+    FIRST.call_once(|| {
+        for what in remove() {
+            eprintln!("removed what an earlier run left: {what}");
+        }
+    });
+}
+
 /// Removes everything of runs that have ended. Returns what it was. To be called before this run makes
 /// anything.
 pub fn remove() -> Vec<String> {
@@ -61,6 +76,9 @@ pub fn remove() -> Vec<String> {
         remove_cgroup(&path);
         removed.push(format!("cgroup {name}"));
     }
+    for (_, path) in stale(Path::new(STATE_DIRECTORY)) {
+        let _ = fs::remove_dir_all(path);
+    }
     for (name, path) in stale(Path::new(RUN_DIRECTORY)) {
         remove_directory(&path);
         removed.push(format!("directory {name}"));
@@ -72,16 +90,34 @@ pub fn remove() -> Vec<String> {
     removed
 }
 
-/// Ends the processes of a cgroup and removes it.
+/// Ends the processes of a cgroup and removes it, with the cgroups in it. A container runtime makes cgroups
+/// of the same name in the hierarchies of version 1, if there are any; these go too.
 pub(crate) fn remove_cgroup(path: &Path) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while path.exists() && Instant::now() < deadline {
         let _ = fs::write(path.join("cgroup.kill"), "1");
-        if fs::remove_dir(path).is_ok() {
-            return;
+        if remove_tree(path).is_ok() {
+            break;
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let name = path.file_name().unwrap_or_default();
+    for mount in mounts.lines() {
+        if let [_, root, "cgroup", ..] = mount.split(' ').collect::<Vec<_>>()[..] {
+            let _ = remove_tree(&Path::new(root).join(name));
+        }
+    }
+}
+
+/// A cgroup's files are no obstacle to its removal, only cgroups in it are.
+fn remove_tree(path: &Path) -> std::io::Result<()> {
+    for (_, child) in entries(path) {
+        if child.is_dir() {
+            remove_tree(&child)?;
+        }
+    }
+    fs::remove_dir(path)
 }
 
 /// Removes a run's directory, with the BPF file system in it and what srcip pinned there.

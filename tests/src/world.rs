@@ -5,10 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     process::Command,
-    sync::{
-        Once,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -19,11 +16,10 @@ use crate::{
     host::Host,
     process::sh,
     srcip::Srcip,
-    stale::{self, RUN_DIRECTORY},
+    stale::{self, RUN_DIRECTORY, STATE_DIRECTORY},
 };
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
-static REMOVE_STALE: Once = Once::new();
 
 /// Hosts that reach each other, and nothing else. Dropping it removes them, also in a panic.
 ///
@@ -37,6 +33,7 @@ pub struct World {
     prefix: String,
     directory: PathBuf,
     cgroup: PathBuf,
+    hosts_cgroup: PathBuf,
     node: Host,
     hosts: u8,
     made: Vec<String>,
@@ -50,11 +47,7 @@ impl World {
             nix::unistd::geteuid().is_root(),
             "network namespaces and BPF take root; run `cargo xtask test`, which sees to it"
         );
-        REMOVE_STALE.call_once(|| {
-            for what in stale::remove() {
-                eprintln!("removed what an earlier run left: {what}");
-            }
-        });
+        stale::remove_first();
         let prefix = format!("{}{}-", stale::prefix(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let base = prefix.trim_end_matches('-');
         let directory = Path::new(RUN_DIRECTORY).join(base);
@@ -65,11 +58,15 @@ impl World {
         let cgroup = cgroup_root().context("no cgroup v2 is mounted")?.join(base);
         fs::create_dir(&cgroup).with_context(|| cgroup.display().to_string())?;
         let name = format!("{prefix}node");
-        let node = Host::create(name.clone(), &cgroup, &directory)?;
+        // Version 2 lets a cgroup have processes or hand on controllers, and pods' cgroups need the latter.
+        let hosts_cgroup = cgroup.join("hosts");
+        fs::create_dir(&hosts_cgroup)?;
+        let node = Host::create(name.clone(), &hosts_cgroup, &directory)?;
         let world = Self {
             prefix,
             directory,
             cgroup,
+            hosts_cgroup,
             node,
             hosts: 0,
             made: vec![name],
@@ -90,18 +87,40 @@ impl World {
         &self.directory
     }
 
-    /// The cgroup of all hosts' processes.
+    /// The directory for what is too much for [`Self::directory`], which may be in memory.
+    pub fn state(&self) -> Result<PathBuf> {
+        let path = self.state_path();
+        fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
+        Ok(path)
+    }
+
+    fn state_path(&self) -> PathBuf {
+        Path::new(STATE_DIRECTORY).join(self.prefix.trim_end_matches('-'))
+    }
+
+    /// The cgroup that all hosts' processes are below.
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
 
     /// Adds a host with an address of each family.
     pub fn host(&mut self, role: &str) -> Result<Host> {
+        self.host_in(role, &self.hosts_cgroup.clone())
+    }
+
+    /// Adds one whose processes are where the kubelet has those of the pod with this UID.
+    pub fn pod(&mut self, role: &str, uid: &str) -> Result<Host> {
+        let cgroup = self.cgroup.join(format!("kubepods/burstable/pod{uid}/app"));
+        fs::create_dir_all(&cgroup).with_context(|| cgroup.display().to_string())?;
+        self.host_in(role, &cgroup)
+    }
+
+    fn host_in(&mut self, role: &str, cgroup: &Path) -> Result<Host> {
         self.hosts += 1;
         let n = self.hosts;
         let name = format!("{}{role}", self.prefix);
         self.made.push(name.clone());
-        let mut host = Host::create(name.clone(), &self.cgroup, &self.directory)?;
+        let mut host = Host::create(name.clone(), cgroup, &self.directory)?;
         let node = self.node.name();
         sh(&format!("ip -n {node} link add veth{n} type veth peer name eth0 netns {name}"))?;
         self.node.ip(&format!("link set veth{n} master br0 up"))?;
@@ -110,6 +129,13 @@ impl World {
         host.add_address(Self::v4(n, 1).into())?;
         host.add_address(Self::v6(n, 1).into())?;
         Ok(host)
+    }
+
+    /// Adds a namespace without any device but lo, as a container runtime makes it.
+    pub fn sandbox(&mut self, role: &str) -> Result<Host> {
+        let name = format!("{}{role}", self.prefix);
+        self.made.push(name.clone());
+        Host::create(name, &self.cgroup, &self.directory)
     }
 
     /// The `i`th IPv4 address of the `n`th host.
@@ -192,7 +218,9 @@ impl Drop for World {
         for name in &self.made {
             let _ = Command::new("ip").args(["netns", "del", name]).output();
         }
-        // The last world takes the parent with it.
+        let _ = fs::remove_dir_all(self.state_path());
+        // The last world takes the parents with it.
         let _ = fs::remove_dir(RUN_DIRECTORY);
+        let _ = fs::remove_dir(STATE_DIRECTORY);
     }
 }

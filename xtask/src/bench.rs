@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: what telemetry costs, measured in turn with and without it.
+//! `cargo xtask bench`: what telemetry costs and what north-south gains, measured in turn with and without it.
 
 use std::process::ExitCode;
 
@@ -12,6 +12,9 @@ use crate::{
 
 /// Builds with optimisations, and becomes the benchmark.
 pub fn run(arguments: &[String]) -> Result<ExitCode> {
+    if build::asks_for_help(arguments) {
+        return build::show_help("srcip-bench", arguments);
+    }
     let ready = setup::ensure(Scope::Test)?;
     build::build(&ready, true)?;
     match root::exec(&shell::target_dir().join("release/srcip-bench"), arguments)? {}

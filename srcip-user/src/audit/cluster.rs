@@ -1,17 +1,14 @@
 //! What is known of the cluster: its nodes, Services and pods, from manifests and flags.
 
-use std::{
-    fs,
-    net::IpAddr,
-    path::{Path, PathBuf},
-};
+use std::{net::IpAddr, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use serde_json::Value;
 
-/// The same file is not read without end.
+use crate::manifests::{self, Object};
+
+/// How large a file may be, in bytes: whole clusters are dumped into one.
 const MAX_FILE: u64 = 64 << 20;
 
 /// A cluster, as far as it was told.
@@ -31,52 +28,24 @@ impl Cluster {
     /// Reads all `.yaml`, `.yml` and `.json` files of a directory. Objects of other kinds are left alone.
     pub fn from_manifests(directory: &Path) -> Result<Self> {
         let mut cluster = Self::default();
-        let entries = fs::read_dir(directory)
-            .with_context(|| format!("failed to read the manifests in {}", directory.display()))?;
-        let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
-        paths.sort();
-        for path in paths {
-            let extension = path.extension().and_then(|extension| extension.to_str());
-            if !matches!(extension, Some("yaml" | "yml" | "json")) {
-                continue;
-            }
-            let text = read(&path)?;
-            let documents: Vec<Value> = serde_saphyr::from_multiple(&text)
-                .with_context(|| format!("{} is not YAML", path.display()))?;
-            for document in documents {
-                cluster.add(document).with_context(|| format!("in {}", path.display()))?;
+        for path in manifests::files(directory)? {
+            for object in manifests::read(&path, MAX_FILE)? {
+                cluster.add(object).with_context(|| format!("in {}", path.display()))?;
             }
         }
         Ok(cluster)
     }
 
-    fn add(&mut self, object: Value) -> Result<()> {
-        let kind = object["kind"].as_str().unwrap_or_default().to_owned();
-        if let Some(items) = object["items"].as_array().filter(|_| kind.ends_with("List")) {
-            let item_kind = kind.trim_end_matches("List").to_owned();
-            for item in items {
-                let mut item = item.clone();
-                // The items of a PodList do not say what they are.
-                if item["kind"].is_null()
-                    && let Some(fields) = item.as_object_mut()
-                {
-                    fields.insert("kind".to_owned(), item_kind.clone().into());
-                }
-                self.add(item)?;
-            }
-            return Ok(());
-        }
-        let name = object["metadata"]["name"].as_str().unwrap_or("without a name").to_owned();
-        let invalid = || format!("the {kind} {name:?} is not as Kubernetes would have it");
-        match kind.as_str() {
+    fn add(&mut self, object: Object) -> Result<()> {
+        match object.kind.as_str() {
             "Node" => {
-                let node: Node = serde_json::from_value(object).with_context(invalid)?;
+                let node: Node = object.into_typed()?;
                 let addresses = node.status.and_then(|status| status.addresses).unwrap_or_default();
                 let ips = addresses.iter().filter_map(|address| address.address.parse::<IpAddr>().ok());
                 self.nodes.extend(ips.map(|ip| (ip.into(), node.metadata.name.clone())));
             }
-            "Service" => self.services.push(serde_json::from_value(object).with_context(invalid)?),
-            "Pod" => self.pods.push(serde_json::from_value(object).with_context(invalid)?),
+            "Service" => self.services.push(object.into_typed()?),
+            "Pod" => self.pods.push(object.into_typed()?),
             _ => {}
         }
         Ok(())
@@ -167,12 +136,4 @@ fn selects(service: &Service, pod: Option<&Pod>) -> bool {
     same_namespace
         && !selector.is_empty()
         && selector.iter().all(|(key, value)| labels.and_then(|labels| labels.get(key)) == Some(value))
-}
-
-fn read(path: &Path) -> Result<String> {
-    let length = fs::metadata(path).with_context(|| path.display().to_string())?.len();
-    if length > MAX_FILE {
-        bail!("{} has {length} bytes; manifests of more than 64 MiB are not read", path.display());
-    }
-    fs::read_to_string(path).with_context(|| format!("failed to read {}", path.display()))
 }

@@ -9,7 +9,7 @@ use super::{
     cause::{Cause, Keeper, ServiceName},
     netfilter::Interception,
 };
-use crate::text::shell_quoted;
+use crate::{northsouth::select::NORTH_SOUTH, text::shell_quoted};
 
 /// What to do.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -86,12 +86,12 @@ impl Cause {
                     ),
                 ],
             ),
-            Self::Snat { node, services } => (
+            Self::Snat { node, services, north_south } => (
                 format!(
                     "node {node} puts its own address in place of the client's: kube-proxy does that under \
                      externalTrafficPolicy: Cluster"
                 ),
-                snat(services, patient.pod.is_some()),
+                snat(node, services, north_south, patient.pod.is_some()),
             ),
             Self::NodeItself { node } => (
                 format!(
@@ -120,6 +120,7 @@ fn preserved(by: Keeper) -> &'static str {
     match by {
         Keeper::DirectRouting => "nothing on the way changes the client's address: nothing needs doing",
         Keeper::LocalPolicy => "externalTrafficPolicy: Local keeps the client's address: nothing needs doing",
+        Keeper::NorthSouth => "srcip's north-south keeps the client's address: nothing needs doing",
         Keeper::Srcip => "srcip and the proxy keep the client's address: nothing needs doing",
         Keeper::Tproxy => "TPROXY and the proxy keep the client's address: nothing needs doing",
         Keeper::OriginalSource => "the proxy keeps the client's address: nothing needs doing",
@@ -193,27 +194,68 @@ fn controller(pod: &Pod) -> Option<String> {
     Some(format!("-n {} patch {kind} {}", shell_quoted(namespace), shell_quoted(name)))
 }
 
-fn snat(services: &[ServiceName], pod_is_known: bool) -> Vec<Step> {
-    let what = "Let only nodes with a ready pod of the Service answer, with the client's address. The load \
-                balancer has to follow the Service's health check port";
-    let patch = r#"{"spec":{"externalTrafficPolicy":"Local"}}"#;
+/// The two cures of what kube-proxy does under `Cluster`: the other policy, or srcip's north-south, which some of
+/// the Services ask for already.
+fn snat(node: &str, services: &[ServiceName], asking: &[ServiceName], pod_is_known: bool) -> Vec<Step> {
     if services.is_empty() {
-        let command = format!("kubectl -n NAMESPACE patch service NAME --type merge -p '{patch}'");
-        return vec![step(
-            format!("{what}. Name the Service with --service or --manifests to have it filled in"),
-            vec![command],
-        )];
+        let unnamed = ServiceName { namespace: "NAMESPACE".to_owned(), name: "NAME".to_owned() };
+        let hint = "Name the Service with --service or --manifests to have it filled in";
+        return vec![local_policy(&[&unnamed], hint), north_south(&[&unnamed])];
     }
-    let patch = |service: &ServiceName| {
+    let hint =
+        if pod_is_known { "" } else { "The pod is not in the manifests, so it may be any of these Services" };
+    let others: Vec<_> = services.iter().filter(|service| !asking.contains(service)).collect();
+    let all: Vec<_> = services.iter().collect();
+    let mut steps = Vec::new();
+    if !asking.is_empty() {
+        steps.push(unanswered(node, asking));
+    }
+    steps.push(local_policy(&all, hint));
+    if !others.is_empty() {
+        steps.push(north_south(&others));
+    }
+    steps
+}
+
+fn local_policy(services: &[&ServiceName], hint: &str) -> Step {
+    let patch = |service: &&ServiceName| {
         let (namespace, name) = (shell_quoted(&service.namespace), shell_quoted(&service.name));
+        let patch = r#"{"spec":{"externalTrafficPolicy":"Local"}}"#;
         format!("kubectl -n {namespace} patch service {name} --type merge -p '{patch}'")
     };
-    let what = if pod_is_known {
-        what.to_owned()
-    } else {
-        format!("{what}. The pod is not in the manifests, so it may be any of these Services")
+    let what = "Let only nodes with a ready pod of the Service answer, with the client's address. It costs even \
+                shares, as each node gets as much as the next, however many pods it has; and the load balancer \
+                has to follow the Service's health check port";
+    let what = if hint.is_empty() { what.to_owned() } else { format!("{what}. {hint}") };
+    step(what, services.iter().map(patch).collect())
+}
+
+fn north_south(services: &[&ServiceName]) -> Step {
+    let annotate = |service: &&ServiceName| {
+        let (namespace, name) = (shell_quoted(&service.namespace), shell_quoted(&service.name));
+        format!("kubectl -n {namespace} annotate service {name} --overwrite {NORTH_SOUTH}=true")
     };
-    vec![step(what, services.iter().map(patch).collect())]
+    step(
+        "Or keep the policy and let srcip bring the packets to the pods, with `srcip agent --uplink DEV` on every \
+         node, DEV being the device by which traffic enters. It costs 20 octets (IPv6: 40) in each packet that \
+         goes on to another node, and needs Linux 5.14",
+        services.iter().map(annotate).collect(),
+    )
+}
+
+/// For Services that ask for north-south in vain.
+fn unanswered(node: &str, asking: &[ServiceName]) -> Step {
+    let names: Vec<_> = asking.iter().map(ToString::to_string).collect();
+    let (names, ask) = (names.join(", "), if asking.len() == 1 { "asks" } else { "ask" });
+    step(
+        format!(
+            "{names} {ask} for srcip's north-south ({NORTH_SOUTH}) already, but node {node} did not handle this \
+             connection: look there whether `srcip agent` runs with --uplink and the device by which it came, and \
+             what `srcip explain --to` says of the address and port that the client dials. What comes from pods \
+             and nodes themselves is kube-proxy's still"
+        ),
+        Vec::new(),
+    )
 }
 
 fn load_balancer(proxy_protocol: Option<&ServiceName>) -> Vec<Step> {

@@ -9,7 +9,7 @@ use k8s_openapi::{api::core::v1::Service, apimachinery::pkg::util::intstr::IntOr
 use serde::Serialize;
 
 use super::{
-    cause::{Cause, Keeper, Surroundings, causes},
+    cause::{Cause, Surroundings, causes},
     cluster::{Cluster, full_name},
     cure::Cure,
     netfilter::Mode,
@@ -237,50 +237,42 @@ pub fn explain(record: &Record, asked: Option<End>, around: Surroundings<'_>) ->
 impl Explanation {
     /// The picture.
     pub fn draw(&self) -> String {
-        let width = self.hops.iter().map(|hop| hop.name.chars().count()).max().unwrap_or_default();
-        let mut text = String::new();
-        for (i, hop) in self.hops.iter().enumerate() {
-            if i > 0 {
-                text.push_str("  │\n  ▼\n");
-            }
-            let address = |address: SocketAddr| match address.port() {
-                0 => address.ip().to_string(),
-                _ => address.to_string(),
-            };
-            let mut lines: Vec<String> = Vec::new();
-            match (i, hop.sees, hop.at) {
-                (0, Some(sees), _) => lines.push(address(sees)),
-                (0, None, _) => lines.push("not known here".to_owned()),
-                (_, Some(sees), Some(at)) => lines.push(format!("sees {} at {at}", address(sees))),
-                (_, Some(sees), None) => lines.push(format!("sees {}", address(sees))),
-                (_, None, _) if hop.does.is_empty() => lines.push("no connection yet".to_owned()),
-                _ => {}
-            }
-            lines.extend(hop.does.iter().cloned());
-            if hop.loses {
-                lines.push("◀ the client's address is lost here".to_owned());
-            }
-            for (j, line) in lines.iter().enumerate() {
-                let name = if j == 0 { hop.name.as_str() } else { "" };
-                let bar = if j == 0 || i + 1 == self.hops.len() { "  " } else { "  │ " };
-                let pad = width + 4 - bar.chars().count();
-                // Writing to a String does not fail.
-                let _ = writeln!(text, "{bar}{:<pad$}  {}", printable(name), printable(line));
-            }
+        draw(&self.hops)
+    }
+}
+
+/// Places that a connection passes, as a picture.
+pub fn draw(hops: &[Hop]) -> String {
+    let width = hops.iter().map(|hop| hop.name.chars().count()).max().unwrap_or_default();
+    let mut text = String::new();
+    for (i, hop) in hops.iter().enumerate() {
+        if i > 0 {
+            text.push_str("  │\n  ▼\n");
         }
-        text
+        let address = |address: SocketAddr| match address.port() {
+            0 => address.ip().to_string(),
+            _ => address.to_string(),
+        };
+        let mut lines: Vec<String> = Vec::new();
+        match (i, hop.sees, hop.at) {
+            (0, Some(sees), _) => lines.push(address(sees)),
+            (0, None, _) if hop.does.is_empty() => lines.push("not known here".to_owned()),
+            (_, Some(sees), Some(at)) => lines.push(format!("sees {} at {at}", address(sees))),
+            (_, Some(sees), None) => lines.push(format!("sees {}", address(sees))),
+            (_, None, _) if hop.does.is_empty() => lines.push("no connection yet".to_owned()),
+            _ => {}
+        }
+        lines.extend(hop.does.iter().cloned());
+        if hop.loses {
+            lines.push("◀ the client's address is lost here".to_owned());
+        }
+        for (j, line) in lines.iter().enumerate() {
+            let name = if j == 0 { hop.name.as_str() } else { "" };
+            let bar = if j == 0 || i + 1 == hops.len() { "  " } else { "  │ " };
+            let pad = width + 4 - bar.chars().count();
+            // Writing to a String does not fail.
+            let _ = writeln!(text, "{bar}{:<pad$}  {}", printable(name), printable(line));
+        }
     }
-
-    /// Whether the application sees the client.
-    pub fn is_preserved(&self) -> bool {
-        self.findings.iter().any(|finding| matches!(finding.cause, Cause::Preserved { .. }))
-    }
-
-    /// What keeps the address, if it is kept.
-    pub fn keeper(&self) -> Option<Keeper> {
-        self.findings.iter().find_map(|finding| match finding.cause {
-            Cause::Preserved { by } => Some(by),
-            _ => None,
-        })
-    }
+    text
 }

@@ -51,7 +51,9 @@ impl Interception {
         let mut found = Self::default();
         let mut any = false;
         for (save, change) in PROGRAMS {
-            // A table that does not exist yet must not come into being by being looked at.
+            if save.contains("legacy") && !has_legacy_tables(netns, save) {
+                continue;
+            }
             if let Some(text) = run(netns, save, &[]) {
                 any = true;
                 found.merge(parse_iptables(&text, change));
@@ -109,6 +111,13 @@ impl Interception {
 /// The pod's proxy according to its rules; see [`crate::telemetry::workload::Workloads::new`].
 pub fn find_proxy(netns: &Netns) -> Option<ProxyPorts> {
     Interception::read(netns).proxy_ports()
+}
+
+/// Whether there are any: the legacy programs make the kernel load its modules if asked in vain.
+fn has_legacy_tables(netns: &Netns, program: &str) -> bool {
+    let names = if program.starts_with("ip6") { "ip6_tables_names" } else { "ip_tables_names" };
+    let path = Path::new("/proc/thread-self/net").join(names);
+    netns.run(|| std::fs::read(path)).is_ok_and(|names| names.is_ok_and(|names| !names.is_empty()))
 }
 
 /// What a program prints when it runs in the namespace; `None` if it is not here or fails.

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
-use super::{NetnsArg, output};
+use super::{NetnsArg, TcHookArg, output};
 use crate::{
+    audit::netfilter::{Interception, Mode},
     dataplane::{
         Dataplane,
-        record::{AttachSpec, CgroupChoice, EngineKind, OnProxyDown, Settings, TcHook, UpstreamPortAt},
+        record::{AttachSpec, CgroupChoice, EngineKind, OnProxyDown, Settings, UpstreamPortAt},
     },
     ports::{DEFAULT_UPSTREAM_PORTS, PortList, UpstreamPortList, parse_port},
     routing::ReturnRoute,
@@ -77,20 +78,13 @@ enum EngineArg {
     Tc,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum TcHookArg {
-    /// tcx from Linux 6.6 on, else clsact.
-    Auto,
-    Tcx,
-    Clsact,
-}
-
 impl Attach {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         crate::privileges::require("attach")?;
         let spec = AttachSpec {
             netns: self.netns.open()?,
             name: self.name,
+            pod: None,
             settings: Settings {
                 proxy_port: self.proxy_port,
                 include: self.include_inbound_ports,
@@ -105,11 +99,7 @@ impl Attach {
                 EngineArg::SkLookup => Some(EngineKind::SkLookup),
                 EngineArg::Tc => Some(EngineKind::Tc),
             },
-            tc_hook: match self.tc_hook {
-                TcHookArg::Auto => None,
-                TcHookArg::Tcx => Some(TcHook::Tcx),
-                TcHookArg::Clsact => Some(TcHook::Clsact),
-            },
+            tc_hook: self.tc_hook.hook(),
             cgroup: match self.cgroup {
                 None => CgroupChoice::Root,
                 Some(path) if path.as_os_str() == "none" => CgroupChoice::None,
@@ -121,7 +111,13 @@ impl Attach {
         for warning in &attached.warnings {
             eprintln!("warning: {warning}");
         }
+        if !attached.replaced.is_empty() {
+            eprintln!("{} programs of another build were replaced", attached.replaced.len());
+        }
         let record = &attached.record;
+        if let Some(warning) = redirected(&self.netns) {
+            eprintln!("warning: {warning}");
+        }
         for guarantee in record.missing_guarantees() {
             eprintln!("warning: {guarantee}");
         }
@@ -140,6 +136,18 @@ impl Attach {
         );
         Ok(output::print(line.as_bytes())?)
     }
+}
+
+/// Says so if rules of others take connections away before the pod's sockets are looked up. A matter of the
+/// command line: it runs the programs that print rules, which takes longer than the attach.
+fn redirected(netns: &NetnsArg) -> Option<String> {
+    let found = Interception::read(&netns.open().ok()?);
+    let (Some(Mode::Redirect), Some(port)) = (found.mode, found.proxy_port) else { return None };
+    Some(format!(
+        "rules in the pod take connections to port {port} by REDIRECT, where the client's address is lost; with \
+         Istio, annotate the pod with sidecar.istio.io/interceptionMode: TPROXY; else `srcip audit` prints the \
+         commands that take the rules away"
+    ))
 }
 
 fn parse_number(text: &str) -> Option<u32> {

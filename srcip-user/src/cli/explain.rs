@@ -1,12 +1,14 @@
 //! `srcip explain`
 
 use std::{
+    net::SocketAddr,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::{Result, bail};
 use clap::Args;
+use serde::Serialize;
 
 use super::{
     audit::{ClusterArgs, steps_text},
@@ -18,9 +20,11 @@ use crate::{
         cause::Surroundings,
         cluster::Cluster,
         explain::{End, Match, explain, matches},
+        frontend::{Way, ways},
         netfilter::Interception,
     },
     dataplane::Dataplane,
+    northsouth::dataplane::trace::Reader,
     signals::Ending,
     telemetry::{
         history::history,
@@ -34,6 +38,9 @@ use crate::{
 ///
 /// Of the connections that fit, it takes the last one: one that is open, one that srcip remembers of a
 /// steered pod, or the first that comes while it waits.
+///
+/// If --to names what north-south handles on this node, no connection is needed: it tells the way that packets take
+/// from there, as it is programmed. With --from ADDRESS:PORT, to which pod; else the shares of all.
 #[derive(Debug, Args)]
 pub(super) struct ExplainArgs {
     /// The client: an address, with a port for one connection among several.
@@ -56,6 +63,12 @@ pub(super) struct ExplainArgs {
 
 /// An upstream leg follows its downstream leg by as much as a proxy takes to connect.
 const SECOND_LEG: Duration = Duration::from_millis(500);
+
+/// The ways from a frontend, as JSON.
+#[derive(Serialize)]
+struct Ways<'a> {
+    north_south: &'a [Way],
+}
 
 /// The connection that fits best, and among equals the last.
 struct Best<'a> {
@@ -85,6 +98,15 @@ impl ExplainArgs {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         crate::privileges::require("explain")?;
         let cluster = self.cluster.cluster()?;
+        let reader = Reader::open(dataplane.pin_path())?;
+        if let (Some(reader), Some(End { ip, port: Some(port) })) = (&reader, self.to) {
+            let to = SocketAddr::new(ip, port);
+            let ways = ways(reader, self.from, to, &cluster)?;
+            if !ways.is_empty() {
+                return self.tell(&ways);
+            }
+            eprintln!("north-south handles nothing at {to} on this node; looking for a connection of a pod");
+        }
         let options = self.target.options()?;
         let mut observer = Observer::start(dataplane, &options)?;
         let mut best = Best { from: self.from, to: self.to, cluster: &cluster, found: None };
@@ -105,9 +127,13 @@ impl ExplainArgs {
             sleep(POLL_INTERVAL);
         }
         let Some((fits, _, record)) = best.found else {
+            let north_south = match reader {
+                Some(_) => "",
+                None => ". North-south is not set up on this node: that takes `srcip agent --uplink`",
+            };
             bail!(
                 "no connection of a pod fits within {} s: is the client connecting, and is the pod on this \
-                 node? `srcip observe -f` shows all there are",
+                 node? `srcip observe -f` shows all there are{north_south}",
                 self.wait.as_secs()
             );
         };
@@ -139,5 +165,14 @@ impl ExplainArgs {
             text.push_str(&steps_text(&finding.cure.steps));
         }
         Ok(print(text.as_bytes())?)
+    }
+
+    /// Tells what north-south does.
+    fn tell(&self, ways: &[Way]) -> Result<()> {
+        if matches!(self.output, Format::Json | Format::Yaml) {
+            return print_data(&Ways { north_south: ways }, self.output);
+        }
+        let pictures: Vec<_> = ways.iter().map(Way::draw).collect();
+        Ok(print(pictures.join("\n").as_bytes())?)
     }
 }

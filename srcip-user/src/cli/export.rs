@@ -1,9 +1,9 @@
 //! `srcip export`
 
 use std::{
-    net::SocketAddr,
     num::{NonZeroU32, NonZeroU64},
     path::PathBuf,
+    sync::Arc,
 };
 
 use anyhow::Result;
@@ -12,21 +12,22 @@ use clap::{Args, ValueEnum};
 use super::observe::TargetArgs;
 use crate::{
     dataplane::Dataplane,
+    http::{Address, Server},
     signals::Ending,
     telemetry::{
         export::{
             Exporter, Settings,
             access_log::{self, Target},
-            http::Server,
             labels::DEFAULT_MAX_WORKLOADS,
             size::parse_size,
         },
-        observer::POLL_INTERVAL,
         record::EventKind,
     },
 };
 
-/// What to export, and where to.
+/// Export every connection: an access log, metrics for Prometheus, OpenTelemetry logs.
+///
+/// Runs until a signal ends it. Needs no agent, and nothing has to be attached.
 #[derive(Debug, Args)]
 pub(super) struct Export {
     #[command(flatten)]
@@ -52,8 +53,8 @@ pub(super) struct Export {
     ///
     /// No metric has an address in it, but the names of pods and how much they are used: think before
     /// serving to more than this machine.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464", value_parser = parse_address)]
-    metrics_address: MetricsAddress,
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9464")]
+    metrics_address: Address,
     /// How many pods get metrics of their own; the rest share the workload "other".
     #[arg(long, value_name = "N", default_value_t = DEFAULT_MAX_WORKLOADS)]
     max_workloads: usize,
@@ -80,10 +81,6 @@ impl From<LoggedEvent> for EventKind {
     }
 }
 
-/// Where to serve, if at all. Not an `Option`, which clap takes for an optional argument.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct MetricsAddress(Option<SocketAddr>);
-
 fn parse_target(text: &str) -> Result<Target, String> {
     match text {
         "" => Err("it takes a file, or `-` for stdout".to_owned()),
@@ -92,18 +89,9 @@ fn parse_target(text: &str) -> Result<Target, String> {
     }
 }
 
-fn parse_address(text: &str) -> Result<MetricsAddress, String> {
-    if text == "none" {
-        return Ok(MetricsAddress(None));
-    }
-    text.parse().map(|address| MetricsAddress(Some(address))).map_err(|_| {
-        format!("{text:?} is not an address with a port: expected 127.0.0.1:9464, [::1]:9464 or none")
-    })
-}
-
 impl Export {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
-        crate::privileges::require("export")?;
+        crate::privileges::require_watching("export")?;
         if !self.exports_something() {
             anyhow::bail!(
                 "nothing to export: with --metrics-address none, give an --access-log{}",
@@ -124,7 +112,7 @@ impl Export {
             otlp: self.otlp_endpoint,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let result = runtime.block_on(run(dataplane, settings, self.metrics_address.0));
+        let result = runtime.block_on(run(dataplane, settings, self.metrics_address));
         // What is still being read for a scrape is nobody's any more.
         runtime.shutdown_background();
         result
@@ -139,21 +127,25 @@ impl Export {
     }
 }
 
-async fn run(dataplane: &Dataplane, settings: Settings, metrics: Option<SocketAddr>) -> Result<()> {
+async fn run(dataplane: &Dataplane, settings: Settings, metrics: Address) -> Result<()> {
     // Before anything is started: a signal that comes now ends it properly, too.
     let ending = Ending::watch()?;
-    let server = metrics.map(Server::bind).transpose()?;
+    let bind = |address| Server::bind(address, "metrics", "--metrics-address");
+    let server = metrics.0.map(bind).transpose()?;
     let mut exporter = Exporter::start(dataplane, settings)?;
     let serving = match server {
         Some(server) => {
             eprintln!("metrics at http://{}/metrics", server.address()?);
-            Some(tokio::spawn(server.run(exporter.metrics(), dataplane.clone())))
+            let (metrics, dataplane) = (exporter.metrics(), dataplane.clone());
+            Some(tokio::spawn(
+                server.run(move |question| Arc::clone(&metrics).page(question, dataplane.clone())),
+            ))
         }
         None => None,
     };
     eprintln!("exporting");
     tokio::select! {
-        () = come(&ending) => {}
+        () = ending.come()? => {}
         () = exporter.ended() => {}
     }
     let stopped = exporter.stop();
@@ -161,25 +153,4 @@ async fn run(dataplane: &Dataplane, settings: Settings, metrics: Option<SocketAd
         serving.abort();
     }
     stopped
-}
-
-/// Waits for a signal to end.
-async fn come(ending: &Ending) {
-    while !ending.has_come() {
-        tokio::time::sleep(POLL_INTERVAL).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses() {
-        assert_eq!(parse_address("none"), Ok(MetricsAddress(None)));
-        assert!(parse_address("[::1]:9464").is_ok());
-        for bad in ["9464", ":9464", "localhost:9464", "127.0.0.1", ""] {
-            assert!(parse_address(bad).unwrap_err().contains("127.0.0.1:9464"), "{bad:?}");
-        }
-    }
 }

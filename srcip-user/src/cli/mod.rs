@@ -1,5 +1,6 @@
 //! The command line: one file per verb. Data goes to stdout, everything else to stderr.
 
+mod agent;
 mod attach;
 mod audit;
 mod cleanup;
@@ -7,6 +8,7 @@ mod detach;
 mod doctor;
 mod explain;
 mod export;
+mod loglevel;
 mod observe;
 mod output;
 mod status;
@@ -14,11 +16,12 @@ mod top;
 
 use std::{io, path::PathBuf, process::ExitCode};
 
-use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use clap::{ArgAction, Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    dataplane::{Dataplane, error::chain, pins::DEFAULT_PIN_PATH},
+    agent::protocol::DEFAULT_SOCKET,
+    dataplane::{Dataplane, error::chain, pins::DEFAULT_PIN_PATH, record::TcHook},
+    logging::{self, Style},
     netns::{Netns, NetnsError},
 };
 
@@ -58,6 +61,9 @@ enum Verb {
     Export(export::Export),
     Audit(audit::AuditArgs),
     Explain(explain::ExplainArgs),
+    Agent(agent::Agent),
+    #[command(name = "loglevel")]
+    LogLevel(loglevel::LogLevel),
     Doctor(doctor::DoctorArgs),
     Cleanup(cleanup::Cleanup),
     /// Print a completion script for a shell.
@@ -69,6 +75,33 @@ enum Verb {
     Man,
     /// Print the version.
     Version,
+}
+
+/// Where the agent of this node is asked.
+#[derive(Debug, Args)]
+struct SocketArg {
+    /// The agent's socket.
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, env = "SRCIP_SOCKET")]
+    socket: PathBuf,
+}
+
+/// How programs are attached to devices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum TcHookArg {
+    /// tcx from Linux 6.6 on, else clsact.
+    Auto,
+    Tcx,
+    Clsact,
+}
+
+impl TcHookArg {
+    fn hook(self) -> Option<TcHook> {
+        match self {
+            Self::Auto => None,
+            Self::Tcx => Some(TcHook::Tcx),
+            Self::Clsact => Some(TcHook::Clsact),
+        }
+    }
 }
 
 /// The network namespace of a pod.
@@ -97,7 +130,15 @@ impl NetnsArg {
 /// `doctor` has its own.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    start_logging(cli.global.verbose);
+    let colour = output::colour(&io::stderr());
+    let (filter, style) = cli.logging();
+    let log = match logging::start(&filter, style, colour) {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
     let dataplane = Dataplane::new(cli.global.pin_path);
     let result = match cli.verb {
         Verb::Attach(args) => args.run(&dataplane),
@@ -111,6 +152,8 @@ pub fn main() -> ExitCode {
             Err(error) => Err(error),
         },
         Verb::Explain(args) => args.run(&dataplane),
+        Verb::Agent(args) => args.run(&dataplane, log),
+        Verb::LogLevel(args) => args.run(),
         Verb::Doctor(args) => return args.run(),
         Verb::Cleanup(args) => args.run(&dataplane),
         Verb::Completions { shell } => {
@@ -132,21 +175,22 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn start_logging(verbose: u8) {
-    // Once for what srcip does (`srcip` is the programs' own log), twice for what aya does for it.
-    let filter = match verbose {
-        0 => "warn",
-        1 => "warn,srcip_user=debug,srcip=debug",
-        2 => "debug",
-        _ => "trace",
-    };
-    tracing_subscriber::fmt()
-        .with_writer(io::stderr)
-        .with_ansi(output::colour(&io::stderr()))
-        .with_env_filter(EnvFilter::new(filter))
-        .with_target(false)
-        .without_time()
-        .init();
+impl Cli {
+    /// What is logged, and how.
+    fn logging(&self) -> (String, Style) {
+        let (filter, style) = match &self.verb {
+            Verb::Agent(agent) => agent.logging(),
+            _ => ("warn", Style::Command),
+        };
+        // Once for what srcip does (`srcip` is the programs' own log), twice for what aya does for it.
+        let filter = match self.global.verbose {
+            0 => filter.to_owned(),
+            1 => format!("{filter},srcip_user=debug,srcip=debug"),
+            2 => "debug".to_owned(),
+            _ => "trace".to_owned(),
+        };
+        (filter, style)
+    }
 }
 
 /// One page for the command and all of its verbs.
@@ -177,6 +221,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn verbose_says_more_whoever_logs() {
+        let filter =
+            |arguments: &[&str]| Cli::try_parse_from([&["srcip"], arguments].concat()).unwrap().logging().0;
+        let detail = "srcip_user=debug,srcip=debug";
+        assert_eq!(filter(&["status"]), "warn");
+        assert_eq!(filter(&["status", "-v"]), format!("warn,{detail}"));
+        let agent = ["agent", "--manifests", "/x", "--log", "error"];
+        assert_eq!(filter(&agent), "error");
+        assert_eq!(filter(&[&agent[..], &["-v"]].concat()), format!("error,{detail}"));
+        for verb in [&agent[..], &["status"]] {
+            assert_eq!(filter(&[verb, &["-vv"]].concat()), "debug");
+            assert_eq!(filter(&[verb, &["-v", "-vv"]].concat()), "trace");
+        }
+    }
+
+    #[test]
     fn arguments_are_consistent() {
         Cli::command().debug_assert();
     }
@@ -192,6 +252,9 @@ mod tests {
             "top",
             "export",
             "audit",
+            "explain",
+            "agent",
+            "loglevel",
             "doctor",
             "cleanup",
             "completions",

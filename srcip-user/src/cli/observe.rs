@@ -150,7 +150,7 @@ enum Format {
 
 impl Observe {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
-        crate::privileges::require("observe")?;
+        crate::privileges::require_watching("observe")?;
         let ending = Ending::watch().context("failed to catch signals")?;
         let filter = Filter::from(self.filter);
         let mut printer = Printer::new(self.output, !self.no_headers, ending.clone());

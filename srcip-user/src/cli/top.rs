@@ -34,7 +34,7 @@ pub(super) struct Top {
 impl Top {
     pub(super) fn run(self, dataplane: &Dataplane) -> Result<()> {
         Screen::check()?;
-        crate::privileges::require("top")?;
+        crate::privileges::require_watching("top")?;
         // Before the terminal is taken over, so that no signal leaves it in disorder.
         let ending = Ending::watch().context("failed to catch signals")?;
         let mut observer = Observer::start(dataplane, &self.target.options()?)?;

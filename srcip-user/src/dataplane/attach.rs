@@ -9,10 +9,10 @@ use super::{
     Dataplane, engine,
     error::{Error, Result},
     hooks, in_netns,
-    maps::{self, Maps},
-    object,
+    maps::{Maps, record_pod},
+    object::{Objects, Replaced},
     pins::{make_directory, remove_tree},
-    record::{AttachSpec, EngineKind, Record, State},
+    record::{AttachSpec, EngineKind, Record, State, TcHook},
     tc,
 };
 use crate::{
@@ -28,6 +28,8 @@ pub struct Attached {
     pub record: Record,
     /// Whether it was there before.
     pub was_attached: bool,
+    /// Programs of another build that this build's took the place of.
+    pub replaced: Vec<Replaced>,
     /// What the user should know.
     pub warnings: Vec<String>,
 }
@@ -47,15 +49,19 @@ impl Dataplane {
 
         let _lock = self.pins.create()?;
         Maps::check_layout(&self.pins)?;
-        let attached = self.attach_locked(&spec, cookie, cgroup, engine, reason, name);
+        let mut objects = self.objects();
+        let attached = self.attach_locked(&mut objects, &spec, cookie, cgroup, engine, reason, name);
+        drop(objects);
         if attached.is_err() {
             self.remove_if_unused();
         }
         attached
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what attach has found out before it took the lock")]
     fn attach_locked(
         &self,
+        objects: &mut Objects,
         spec: &AttachSpec,
         cookie: NetnsCookie,
         cgroup: Option<PathBuf>,
@@ -63,7 +69,8 @@ impl Dataplane {
         engine_reason: String,
         name: String,
     ) -> Result<Attached> {
-        let mut node = object::load(&self.pins, None)?;
+        objects.check_maps(&self.pins)?;
+        objects.ensure_maps(&self.pins)?;
         Maps::stamp_layout(&self.pins)?;
         let mut maps = Maps::open(&self.pins)?;
         self.check_conflicts(&mut maps, &name, cookie, cgroup.as_deref())?;
@@ -76,9 +83,12 @@ impl Dataplane {
             name,
             netns: spec.netns.path().to_owned(),
             netns_cookie: cookie,
+            netns_inode: Some(spec.netns.id().inode()),
+            pod: spec.pod.clone().or_else(|| previous.as_ref().and_then(|previous| previous.pod.clone())),
             state: if was_attached { State::Attached } else { State::Attaching },
             engine,
             engine_reason,
+            engine_wanted: spec.engine,
             proxy_port: settings.proxy_port,
             include_inbound_ports: settings.include.to_string(),
             exclude_inbound_ports: settings.exclude.to_string(),
@@ -102,15 +112,15 @@ impl Dataplane {
             record.earlier_routes = previous.routes().filter(|route| *route != settings.route).collect();
         }
         if engine == EngineKind::Tc {
-            tc::plan(&spec.netns, spec.tc_hook.unwrap_or_else(tc::default_hook), &mut record)?;
+            tc::plan(&spec.netns, spec.tc_hook.unwrap_or_else(TcHook::newest), &mut record)?;
         }
 
         let mut warnings = Vec::new();
-        let done = self.carry_out(&mut maps, &mut node, spec, previous.as_ref(), &mut record, &mut warnings);
+        let done = self.carry_out(&mut maps, objects, spec, previous.as_ref(), &mut record, &mut warnings);
         if let Err(error) = done {
             // The first error is the one to report; `cleanup` finishes what this cannot.
             let second = match previous {
-                None => self.tear_down(&mut maps, &record, Some(&spec.netns)),
+                None => self.take_away(&mut maps, &record, Some(&spec.netns)),
                 // It stays as it was, and knows what there may be besides.
                 Some(mut previous) => {
                     let current = previous.route();
@@ -128,13 +138,13 @@ impl Dataplane {
             Ok(found) => warnings.extend(found),
             Err(error) => warnings.push(format!("the pod could not be looked at: {error}")),
         }
-        Ok(Attached { record, was_attached, warnings })
+        Ok(Attached { record, was_attached, replaced: objects.take_replaced(), warnings })
     }
 
     fn carry_out(
         &self,
-        handles: &mut Maps,
-        node: &mut aya::Ebpf,
+        maps: &mut Maps,
+        objects: &mut Objects,
         spec: &AttachSpec,
         previous: Option<&Record>,
         record: &mut Record,
@@ -142,9 +152,9 @@ impl Dataplane {
     ) -> Result<()> {
         let cookie = record.netns_cookie;
         let netns = &spec.netns;
-        handles.store_record(record)?;
+        maps.store_record(record)?;
         if let Some(cgroup) = &record.cgroup
-            && let Err(error) = hooks::ensure(&self.pins, node, cgroup)
+            && let Err(error) = hooks::ensure(objects, &self.pins, cgroup)
         {
             if record.engine != EngineKind::Tc {
                 return Err(error);
@@ -155,8 +165,8 @@ impl Dataplane {
         }
         if let Some(cgroup) = &record.cgroup {
             // Steering does not need it: a kernel that refuses it is no reason to do without.
-            let recorded = hooks::ensure_recorder(&self.pins, cgroup)
-                .and_then(|()| maps::record_pod(&self.pins, cookie, Some(record.mark)));
+            let recorded = hooks::ensure_recorder(objects, &self.pins, cgroup)
+                .and_then(|()| record_pod(&self.pins, cookie, Some(record.mark)));
             if let Err(error) = recorded {
                 warnings.push(format!("connections are not recorded for `srcip observe --last`: {error}"));
             }
@@ -165,22 +175,23 @@ impl Dataplane {
         let addresses = netns
             .run(|| {
                 route.install()?;
-                Sysctls::needed()?.write()?;
+                Sysctls::needed(&record.previous_sysctls, route.has_twin()?).write()?;
                 routing::addresses()
             })?
             .map_err(|e| in_netns(e, netns))?;
-        handles.store_addresses(cookie, &addresses)?;
+        maps.store_addresses(cookie, &addresses)?;
         let engine = record.engine.engine();
+        let mut programs = objects.pod(&self.pins, cookie);
         if previous.is_some_and(|previous| previous.proxy_port != record.proxy_port) {
-            engine.prepare(&self.pins, netns, record)?;
+            engine.prepare(&mut programs, netns, record)?;
         }
         let mut pod = spec.settings.pod();
         if record.engine == EngineKind::Tc && tc::has_companion() {
             pod.flags |= HAS_COMPANION;
         }
-        handles.store_pod(cookie, pod)?;
+        maps.store_pod(cookie, pod)?;
         // From here on connections are steered.
-        engine.attach(&self.pins, netns, record, &mut |record| handles.store_record(record))?;
+        engine.attach(&mut programs, netns, record, &mut |record| maps.store_record(record))?;
         for other in EngineKind::ALL.into_iter().filter(|kind| *kind != record.engine) {
             other.engine().detach(&self.pins, Some(netns), record)?;
         }
@@ -188,7 +199,7 @@ impl Dataplane {
             record.tc_devices.clear();
         }
         record.state = State::Attached;
-        handles.store_record(record)
+        maps.store_record(record)
     }
 
     fn check_conflicts(
@@ -201,11 +212,12 @@ impl Dataplane {
         let mut replaced = false;
         for other in self.records_locked()? {
             if other.name == name && other.netns_cookie != cookie {
-                if self.find_netns(&other).is_some() {
+                // Not looked for: between the plugin and its first process, a pod can be found nowhere.
+                if !self.is_gone(&other)? {
                     return Err(Error::NameTaken { name: other.name, netns: other.netns });
                 }
                 // A pod of before, whose namespace has gone: this one has come in its place.
-                self.forget_gone(maps, &other)?;
+                self.take_away(maps, &other, None)?;
                 continue;
             }
             let (Some(attached), Some(wanted)) = (other.cgroup, cgroup) else { continue };

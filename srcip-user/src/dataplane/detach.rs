@@ -1,6 +1,7 @@
 //! Detach: steering stops at once, the return route stays while connections need it.
 
 use std::{
+    collections::HashSet,
     net::IpAddr,
     thread::sleep,
     time::{Duration, Instant},
@@ -10,13 +11,13 @@ use super::{
     Dataplane,
     error::{Error, Result},
     in_netns,
-    maps::{Maps, record_pod},
+    maps::{Decoded, Maps, record_pod},
     pins::remove_tree,
     record::{EngineKind, Record, State},
 };
 use crate::{
     netns::{Netns, NetnsCookie},
-    sockets,
+    sockets::{self, TcpSocket},
 };
 
 /// How often a draining pod is looked at.
@@ -31,6 +32,15 @@ pub enum Detached {
     Cut(usize),
     /// Somebody attached the pod again meanwhile; it stays attached.
     Reattached,
+}
+
+/// What [`Dataplane::try_finish`] found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Drain {
+    /// It still has this many upstream connections, and time.
+    Waiting(usize),
+    /// It is over.
+    Done(Detached),
 }
 
 impl Dataplane {
@@ -59,35 +69,57 @@ impl Dataplane {
         deadline: Instant,
         mut progress: impl FnMut(usize),
     ) -> Result<Detached> {
-        let cookie = record.netns_cookie;
-        let netns = self.find_netns(record);
-        // The lock is free meanwhile: other pods can come and go.
-        let mut left = self.upstream_connections(cookie, netns.as_ref())?;
-        while left > 0 && Instant::now() < deadline {
-            progress(left);
-            sleep(DRAIN_POLL);
-            left = self.upstream_connections(cookie, netns.as_ref())?;
-        }
-
-        let Some(_lock) = self.pins.lock()? else { return Ok(Detached::Clean) };
-        let mut maps = Maps::open(&self.pins)?;
-        match maps.record(cookie)? {
-            None => Ok(Detached::Clean),
-            Some(current) if current.state != State::Draining => Ok(Detached::Reattached),
-            Some(current) => {
-                self.tear_down(&mut maps, &current, netns.as_ref())?;
-                Ok(if left > 0 { Detached::Cut(left) } else { Detached::Clean })
+        loop {
+            match self.try_finish(record, deadline)? {
+                Drain::Waiting(left) => progress(left),
+                Drain::Done(detached) => return Ok(detached),
             }
+            sleep(DRAIN_POLL);
         }
     }
 
-    /// Removes every trace of this instance, whatever state it is in and whichever version made it.
+    /// Removes the rest of a stopped pod if it has no upstream connections left, or `deadline` has passed;
+    /// does not wait.
+    pub fn try_finish(&self, record: &Record, deadline: Instant) -> Result<Drain> {
+        let cookie = record.netns_cookie;
+        let netns = self.find_netns(record);
+        // The lock is free meanwhile: other pods can come and go.
+        let left = self.upstream_connections(cookie, netns.as_ref())?;
+        if left > 0 && Instant::now() < deadline {
+            return Ok(Drain::Waiting(left));
+        }
+
+        let Some(_lock) = self.pins.lock()? else { return Ok(Drain::Done(Detached::Clean)) };
+        let mut maps = Maps::open(&self.pins)?;
+        let detached = match maps.record(cookie)? {
+            None => Detached::Clean,
+            Some(current) if current.state != State::Draining => Detached::Reattached,
+            Some(current) => {
+                self.tear_down(&mut maps, &current, netns.as_ref())?;
+                if left > 0 { Detached::Cut(left) } else { Detached::Clean }
+            }
+        };
+        Ok(Drain::Done(detached))
+    }
+
+    /// Removes an attachment at once, in whatever state it is: one whose namespace has gone has nothing to
+    /// wait for. That it is not there is no error.
+    pub fn forget(&self, record: &Record) -> Result<()> {
+        let Some(_lock) = self.pins.lock()? else { return Ok(()) };
+        let mut maps = Maps::open(&self.pins)?;
+        match maps.record(record.netns_cookie)? {
+            Some(current) => self.tear_down(&mut maps, &current, self.find_netns(&current).as_ref()),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes every trace of steering from this instance, whatever state it is in and whichever version made it.
     /// Returns the names that were attached.
     pub fn cleanup(&self) -> Result<Vec<String>> {
         let Some(_lock) = self.pins.lock()? else { return Ok(Vec::new()) };
         let mut names = Vec::new();
         let mut failed = None;
-        for record in Maps::read_records(&self.pins) {
+        for record in Maps::read_records(&self.pins, &mut Decoded::default()) {
             let record = match record {
                 Ok(record) => record,
                 Err(error) => {
@@ -105,7 +137,8 @@ impl Dataplane {
         match failed {
             Some(error) => Err(error),
             None => {
-                self.pins.remove_all()?;
+                self.objects().forget_instance();
+                self.pins.remove_steering()?;
                 Ok(names)
             }
         }
@@ -113,37 +146,34 @@ impl Dataplane {
 
     /// The namespace of an attachment, if it still exists, wherever it can be reached.
     pub fn find_netns(&self, record: &Record) -> Option<Netns> {
-        let is_it = |netns: &Netns| netns.cookie().is_ok_and(|c| c == record.netns_cookie);
-        Netns::open(&record.netns).ok().filter(is_it).or_else(|| Netns::find(record.netns_cookie))
+        let is_it = |netns: &Netns| {
+            record.netns_inode.is_none_or(|inode| inode == netns.id().inode())
+                && netns.cookie().is_ok_and(|cookie| cookie == record.netns_cookie)
+        };
+        let there = Netns::open(&record.netns).ok().filter(is_it);
+        let search = || Netns::find(record.netns_cookie, record.netns_inode);
+        there.or_else(|| self.whereabouts.find(record.netns_cookie, is_it, search))
     }
 
     /// Connections from a foreign address inside the pod: the proxy's upstream legs.
     pub fn upstream_connections(&self, cookie: NetnsCookie, netns: Option<&Netns>) -> Result<usize> {
         let Some(netns) = netns else { return Ok(0) };
         let Ok(maps) = Maps::open(&self.pins) else { return Ok(0) };
-        let own = maps.addresses(cookie);
-        let sockets = netns.run(sockets::tcp_sockets)?.map_err(|source| Error::File {
-            action: "read the sockets of",
-            path: netns.path().to_owned(),
-            source,
-        })?;
-        let is_foreign = |ip: IpAddr| !ip.is_loopback() && !ip.is_unspecified() && !own.contains(&ip);
-        Ok(sockets.iter().filter(|s| s.is_connection() && is_foreign(s.local.ip())).count())
+        Ok(count_upstream(&tcp_sockets(netns)?, &maps.addresses(cookie)))
     }
 
     /// Removes all that an attachment consists of, and the instance if it was the last one.
-    pub(super) fn tear_down(&self, maps: &mut Maps, record: &Record, netns: Option<&Netns>) -> Result<()> {
-        self.undo(record, netns)?;
-        record_pod(&self.pins, record.netns_cookie, None)?;
-        maps.forget(record.netns_cookie)?;
+    fn tear_down(&self, maps: &mut Maps, record: &Record, netns: Option<&Netns>) -> Result<()> {
+        self.take_away(maps, record, netns)?;
         self.remove_if_unused();
         Ok(())
     }
 
-    /// Removes an attachment whose namespace has gone.
-    pub(super) fn forget_gone(&self, maps: &mut Maps, record: &Record) -> Result<()> {
-        self.undo(record, None)?;
+    /// Removes all that an attachment consists of. `netns` is `None` if it is gone.
+    pub(super) fn take_away(&self, maps: &mut Maps, record: &Record, netns: Option<&Netns>) -> Result<()> {
+        self.undo(record, netns)?;
         record_pod(&self.pins, record.netns_cookie, None)?;
+        self.whereabouts.forget(record.netns_cookie);
         maps.forget(record.netns_cookie)
     }
 
@@ -165,11 +195,27 @@ impl Dataplane {
 
     /// Removes the instance if it is known to have no attachment. The caller holds the lock.
     pub(super) fn remove_if_unused(&self) {
-        let attachments = Maps::read_records(&self.pins).len();
-        if attachments == 0
-            && let Err(error) = self.pins.remove_all()
-        {
+        if !Maps::are_unused(&self.pins) {
+            return;
+        }
+        self.objects().forget_instance();
+        if let Err(error) = self.pins.remove_steering() {
             tracing::warn!("{error}");
         }
     }
+}
+
+/// The sockets of a pod.
+pub(super) fn tcp_sockets(netns: &Netns) -> Result<Vec<TcpSocket>> {
+    netns.run(sockets::tcp_sockets)?.map_err(|source| Error::File {
+        action: "read the sockets of",
+        path: netns.path().to_owned(),
+        source,
+    })
+}
+
+/// How many of them are upstream legs.
+pub(super) fn count_upstream(sockets: &[TcpSocket], own: &HashSet<IpAddr>) -> usize {
+    let is_foreign = |ip: IpAddr| !ip.is_loopback() && !ip.is_unspecified() && !own.contains(&ip);
+    sockets.iter().filter(|s| s.is_connection() && is_foreign(s.local.ip())).count()
 }

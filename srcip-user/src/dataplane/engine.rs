@@ -1,15 +1,16 @@
 //! The trait both engines implement, and which one a node gets.
 
+use std::sync::OnceLock;
+
 use aya::{
-    Btf,
     programs::ProgramType,
     sys::{BpfHelper, is_helper_supported, is_program_supported},
 };
 
-use aya_obj::btf::BtfKind;
-
 use super::{
     error::{Error, Result},
+    listeners,
+    object::Programs,
     pins::Pins,
     record::{EngineKind, Record},
     sk_lookup::SkLookupEngine,
@@ -20,27 +21,35 @@ use crate::netns::Netns;
 /// Hands connections for the steered ports of one pod to its proxy's listener.
 ///
 /// The settings are in the maps; an engine only puts its program in place and takes it away.
-pub trait Engine {
+pub(super) trait Engine {
     /// Gets ready for the proxy's listeners on another port, before the settings say so.
-    fn prepare(&self, _pins: &Pins, _netns: &Netns, _record: &Record) -> Result<()> {
+    fn prepare(&self, _programs: &mut Programs<'_>, _netns: &Netns, _record: &Record) -> Result<()> {
         Ok(())
     }
 
-    /// Puts the program in place, or finds that it is. What has to be remembered to take it away again
+    /// Puts this build's program in place, or finds that it is. What has to be remembered to take it away again
     /// goes to `record`, and by `remember` into the kernel before it is needed.
     fn attach(
         &self,
-        pins: &Pins,
+        programs: &mut Programs<'_>,
         netns: &Netns,
         record: &mut Record,
         remember: &mut dyn FnMut(&Record) -> Result<()>,
     ) -> Result<()>;
 
+    /// Puts this build's program in the place of another's, wherever one is, in one step. `netns` is `None`
+    /// if it is gone.
+    fn upgrade(&self, programs: &mut Programs<'_>, netns: Option<&Netns>, record: &Record) -> Result<()>;
+
     /// Takes the program away; steering stops at once. `netns` is `None` if it is gone.
     fn detach(&self, pins: &Pins, netns: Option<&Netns>, record: &Record) -> Result<()>;
 
-    /// What is wrong with a pod that should be attached, in words for people.
-    fn problems(&self, pins: &Pins, netns: &Netns, record: &Record) -> Vec<String>;
+    /// Whether [`Self::problems`] looks into the network namespace.
+    fn looks_inside(&self) -> bool;
+
+    /// What is wrong with a pod that should be attached, in words for people. `netns` is `None` if it is gone,
+    /// or was not looked for.
+    fn problems(&self, pins: &Pins, netns: Option<&Netns>, record: &Record) -> Vec<String>;
 }
 
 impl EngineKind {
@@ -48,7 +57,7 @@ impl EngineKind {
     pub const ALL: [Self; 2] = [Self::SkLookup, Self::Tc];
 
     /// The engine itself.
-    pub fn engine(self) -> &'static dyn Engine {
+    pub(super) fn engine(self) -> &'static dyn Engine {
         match self {
             Self::SkLookup => &SkLookupEngine,
             Self::Tc => &TcEngine,
@@ -91,8 +100,7 @@ pub fn sk_lookup_requirements() -> Vec<Requirement> {
         Requirement {
             name: "iter/tcp (kernel BTF with bpf_iter_tcp)",
             since: "5.8",
-            available: Btf::from_sys_fs()
-                .is_ok_and(|btf| btf.id_by_type_name_kind("bpf_iter_tcp", BtfKind::Func).is_ok()),
+            available: listeners::are_supported(),
         },
     ]
 }
@@ -114,6 +122,9 @@ pub fn tc_requirements() -> Vec<Requirement> {
     ]
 }
 
+/// A kernel that has all of it keeps it; one that seems not to is asked again.
+static SK_LOOKUP_WORKS: OnceLock<()> = OnceLock::new();
+
 /// Picks an engine and says why. `hooks` tells whether the node-wide hooks can be attached.
 pub fn choose(wanted: Option<EngineKind>, hooks: bool) -> Result<(EngineKind, String)> {
     let missing = |requirements: Vec<Requirement>| {
@@ -124,15 +135,23 @@ pub fn choose(wanted: Option<EngineKind>, hooks: bool) -> Result<(EngineKind, St
             .collect();
         (!missing.is_empty()).then(|| format!("this kernel lacks {}", missing.join(", ")))
     };
-    let sk_lookup = if hooks {
-        missing(sk_lookup_requirements())
-    } else {
+    if wanted == Some(EngineKind::Tc) {
+        return Ok((EngineKind::Tc, "asked for".to_owned()));
+    }
+    let sk_lookup = if !hooks {
         Some("it needs the hooks on a cgroup to learn of listeners".to_owned())
+    } else if SK_LOOKUP_WORKS.get().is_some() {
+        None
+    } else {
+        let missing = missing(sk_lookup_requirements());
+        if missing.is_none() {
+            let _ = SK_LOOKUP_WORKS.set(());
+        }
+        missing
     };
     match (wanted, sk_lookup) {
-        (Some(EngineKind::Tc), _) => Ok((EngineKind::Tc, "asked for".to_owned())),
-        (Some(EngineKind::SkLookup), None) => Ok((EngineKind::SkLookup, "asked for".to_owned())),
-        (Some(EngineKind::SkLookup), Some(reason)) => {
+        (Some(_), None) => Ok((EngineKind::SkLookup, "asked for".to_owned())),
+        (Some(_), Some(reason)) => {
             Err(Error::EngineUnavailable { engine: "sk-lookup", reason, cure: "use --engine tc, or auto" })
         }
         (None, None) => Ok((

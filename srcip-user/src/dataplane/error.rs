@@ -4,6 +4,7 @@ use std::{io, path::PathBuf};
 
 use aya::{EbpfError, programs::ProgramError};
 
+use super::build::Shape;
 use crate::{netns::NetnsError, routing::RoutingError};
 
 /// An error of the data plane.
@@ -35,8 +36,9 @@ pub enum Error {
     /// The pins were made by a version that lays its maps out differently.
     #[error(
         "the pins at {} were left by another version of srcip (map layout {found}, this one uses \
-         {expected}); run `srcip cleanup` of that version, or `srcip cleanup` of this one to remove \
-         everything, and attach again", .path.display()
+         {expected}). Nothing was changed, what is attached works on. To go over to this version, run \
+         `srcip cleanup`, which takes the pods' connections past their proxies, and attach again; or go on \
+         with that version", .path.display()
     )]
     OtherVersion {
         /// The pin path.
@@ -45,6 +47,21 @@ pub enum Error {
         found: u32,
         /// Ours.
         expected: u32,
+    },
+    /// A pinned map is not what this build's programs can share, though the layout has the same number.
+    #[error(
+        "the pinned map {} is another one than this version of srcip uses ({found}; expected {expected}). \
+         Nothing was changed, what is attached works on. To go over to this version, run `srcip cleanup`, \
+         which takes the pods' connections past their proxies, and attach again; or go on with the version \
+         that made it", .path.display()
+    )]
+    OtherShape {
+        /// Its pin.
+        path: PathBuf,
+        /// What it is.
+        found: Shape,
+        /// What it should be.
+        expected: Shape,
     },
     /// A program did not pass the kernel's verifier.
     #[error(

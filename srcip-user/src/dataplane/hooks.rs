@@ -5,38 +5,48 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aya::{
-    Ebpf,
-    programs::{
-        CgroupAttachMode, CgroupSockAddr, SockOps,
-        links::{FdLink, PinnedLink},
-    },
-};
+use aya::programs::{CgroupAttachMode, Program, ProgramError};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::{
-    error::{BpfContext as _, Error, FileContext as _, Result, load_error},
-    object,
+    error::{BpfContext as _, Error, FileContext as _, Result},
+    object::{Objects, Programs},
     pins::Pins,
     record::CgroupChoice,
 };
 use crate::telemetry::watch;
 
-const SOCK_OPS: &str = "srcip_sock_ops";
-const SOCK_ADDR: [&str; 4] = ["srcip_connect4", "srcip_connect6", "srcip_bind4", "srcip_bind6"];
+/// What a link wants: links stack by themselves, and the flag for more is refused.
+const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+
+const HOOKS: [&str; 5] = ["srcip_sock_ops", "srcip_connect4", "srcip_connect6", "srcip_bind4", "srcip_bind6"];
 
 /// The root of cgroup v2, wherever it is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a
 /// hybrid machine.
+///
+/// In a container there may be two: its own, and the host's, mounted there for us. That one counts: hooks on the
+/// other would serve this container alone.
 pub fn cgroup_root() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    mounts.lines().find_map(|line| {
+    let roots = mounts.lines().filter_map(|line| {
         // 36 25 0:30 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw: proc_pid_mountinfo(5)
         let (mount, filesystem) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
-        (filesystem.starts_with("cgroup2 ") && root == "/").then(|| PathBuf::from(point))
-    })
+        // Relative to our cgroup namespace: `/..` is above it.
+        let above = root.split('/').filter(|part| !part.is_empty());
+        let is_root = filesystem.starts_with("cgroup2 ") && above.clone().all(|part| part == "..");
+        is_root.then(|| (above.count(), PathBuf::from(point)))
+    });
+    // Of several mounts of the same, the first.
+    roots
+        .rev()
+        .max_by_key(|(above, point)| (cgroup_id(point) == Some(ROOT_ID), *above))
+        .map(|(_, point)| point)
 }
+
+/// The root's id: kernfs numbers from 1.
+const ROOT_ID: u64 = 1;
 
 /// The cgroup that `choice` means; `None` to do without hooks.
 pub fn resolve_cgroup(choice: &CgroupChoice) -> Result<Option<PathBuf>> {
@@ -70,59 +80,49 @@ pub fn cgroup_id(path: &Path) -> Option<u64> {
 
 /// Whether all hooks are attached.
 pub(super) fn are_attached(pins: &Pins) -> bool {
-    SOCK_ADDR.iter().chain([&SOCK_OPS]).all(|name| pins.node().join(name).exists())
+    HOOKS.iter().all(|name| pins.node().join(name).exists())
 }
 
-/// Attaches the recorder unless it is: the watching program, telling nobody, but remembering the last
+/// Sees to it that the recorder is attached: the watching program, telling nobody, but remembering the last
 /// connections of the pods in `WATCHED`.
-pub(super) fn ensure_recorder(pins: &Pins, cgroup: &Path) -> Result<()> {
-    let pin = pins.node().join(watch::PROGRAM);
-    if pin.exists() {
-        return Ok(());
-    }
-    let mut object = watch::load_recorder(&pins.maps())?;
-    let directory = File::open(cgroup).file("open the cgroup", cgroup)?;
-    let program: &mut SockOps = object::program(&mut object, watch::PROGRAM)?;
-    program.load().map_err(|error| load_error(watch::PROGRAM, error))?;
-    let attached = program.attach(&directory, CgroupAttachMode::Single);
-    let link = attached.and_then(|id| program.take_link(id));
-    let link = link.bpf(|| attach_action(watch::PROGRAM, cgroup))?;
-    pin_link(link.try_into().bpf(|| attach_action(watch::PROGRAM, cgroup))?, &pin).map(drop)
+pub(super) fn ensure_recorder(objects: &mut Objects, pins: &Pins, cgroup: &Path) -> Result<()> {
+    ensure_one(&mut objects.recorder(pins), watch::PROGRAM, cgroup)
 }
 
-/// Attaches the hooks that are not attached yet.
-pub(super) fn ensure(pins: &Pins, object: &mut Ebpf, cgroup: &Path) -> Result<()> {
-    let directory = File::open(cgroup).file("open the cgroup", cgroup)?;
-    // "Single" is what a link wants: links stack by themselves, and the flag for more is refused.
-    let mode = CgroupAttachMode::Single;
+/// Sees to it that all hooks are attached, and are this build's.
+pub(super) fn ensure(objects: &mut Objects, pins: &Pins, cgroup: &Path) -> Result<()> {
+    let mut programs = objects.node(pins);
+    HOOKS.into_iter().try_for_each(|name| ensure_one(&mut programs, name, cgroup))
+}
 
-    let pin = pins.node().join(SOCK_OPS);
-    if !pin.exists() {
-        let program: &mut SockOps = object::program(object, SOCK_OPS)?;
-        program.load().map_err(|error| load_error(SOCK_OPS, error))?;
-        let attached = program.attach(&directory, mode).and_then(|id| program.take_link(id));
-        let link = attached.bpf(|| attach_action(SOCK_OPS, cgroup))?;
-        pin_link(link.try_into().bpf(|| attach_action(SOCK_OPS, cgroup))?, &pin)?;
-    }
-    for name in SOCK_ADDR {
-        let pin = pins.node().join(name);
-        if pin.exists() {
-            continue;
+fn ensure_one(programs: &mut Programs<'_>, name: &'static str, cgroup: &Path) -> Result<()> {
+    let pin = programs.pins.node().join(name);
+    programs.ensure(name, &pin, |program| {
+        let action = || format!("attach {name} to the cgroup {}", cgroup.display());
+        let directory = File::open(cgroup).file("open the cgroup", cgroup)?;
+        match program {
+            Program::SockOps(program) => {
+                let link = program.attach(directory, MODE).and_then(|id| program.take_link(id));
+                link.bpf(action)?.try_into().bpf(action)
+            }
+            Program::CgroupSockAddr(program) => {
+                let link = program.attach(directory, MODE).and_then(|id| program.take_link(id));
+                link.bpf(action)?.try_into().bpf(action)
+            }
+            _ => Err(ProgramError::UnexpectedProgramType).bpf(action),
         }
-        let program: &mut CgroupSockAddr = object::program(object, name)?;
-        program.load().map_err(|error| load_error(name, error))?;
-        let attached = program.attach(&directory, mode).and_then(|id| program.take_link(id));
-        let link = attached.bpf(|| attach_action(name, cgroup))?;
-        pin_link(link.try_into().bpf(|| attach_action(name, cgroup))?, &pin)?;
+    })
+}
+
+/// Puts this build's programs in the place of another's, where hooks are attached.
+pub(super) fn upgrade(objects: &mut Objects, pins: &Pins) -> Result<()> {
+    let mut programs = objects.node(pins);
+    for name in HOOKS {
+        programs.upgrade(name, &pins.node().join(name))?;
+    }
+    // Steering does not need it: the old one records on.
+    if let Err(error) = objects.recorder(pins).upgrade(watch::PROGRAM, &pins.node().join(watch::PROGRAM)) {
+        tracing::warn!("connections are recorded by a program of another build: {error}");
     }
     Ok(())
-}
-
-fn attach_action(name: &str, cgroup: &Path) -> String {
-    format!("attach {name} to the cgroup {}", cgroup.display())
-}
-
-/// Pins a link, so that it outlives this process.
-pub(super) fn pin_link(link: FdLink, path: &Path) -> Result<PinnedLink> {
-    link.pin(path).bpf(|| format!("pin a link at {}", path.display()))
 }

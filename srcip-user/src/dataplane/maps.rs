@@ -1,10 +1,15 @@
 //! Handles on an instance's pinned maps.
 
-use std::{collections::HashSet, net::IpAddr, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    mem,
+    net::IpAddr,
+    path::Path,
+};
 
 use aya::{
     Pod as MapValue,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues, SockHash},
+    maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuHashMap, PerCpuValues, SockHash},
     util::nr_cpus,
 };
 use srcip_common::{
@@ -25,17 +30,21 @@ use crate::netns::NetnsCookie;
 /// Fits a map value; see `ATTACHMENTS` on the eBPF side.
 const RECORD_SIZE: usize = 4096;
 
+/// Records as last read, with their bytes: each attach looks at all of them, and few have changed.
+#[derive(Default, Debug)]
+pub struct Decoded(HashMap<u64, (Vec<u8>, Record)>);
+
 /// The maps of one instance.
 pub struct Maps {
-    attachments: HashMap<MapData, u64, [u8; RECORD_SIZE]>,
-    pods: HashMap<MapData, u64, Pod>,
+    attachments: BpfHashMap<MapData, u64, [u8; RECORD_SIZE]>,
+    pods: BpfHashMap<MapData, u64, Pod>,
     counters: PerCpuHashMap<MapData, u64, Counters>,
-    addresses: HashMap<MapData, AddressKey, u8>,
+    addresses: BpfHashMap<MapData, AddressKey, u8>,
     listeners: SockHash<MapData, ListenerKey>,
-    by_companion: HashMap<MapData, ConnectionKey, u8>,
-    listened: HashMap<MapData, ListenerKey, u8>,
-    registered: HashMap<MapData, RegisteredKey, u8>,
-    pending: HashMap<MapData, ConnectionKey, u64>,
+    by_companion: BpfHashMap<MapData, ConnectionKey, u8>,
+    listened: BpfHashMap<MapData, ListenerKey, u8>,
+    registered: BpfHashMap<MapData, RegisteredKey, u8>,
+    pending: BpfHashMap<MapData, ConnectionKey, u64>,
 }
 
 impl std::fmt::Debug for Maps {
@@ -89,24 +98,43 @@ impl Maps {
 
     /// What is remembered of all attachments, read from nothing but the map that has it, which looks the
     /// same in all versions. A map that is there and cannot be read counts as one unreadable record.
-    pub fn read_records(pins: &Pins) -> Vec<Result<Record>> {
+    pub fn read_records(pins: &Pins, decoded: &mut Decoded) -> Vec<Result<Record>> {
         let path = pins.maps().join("ATTACHMENTS");
         if !path.exists() {
             return Vec::new();
         }
         let read = || "read the map ATTACHMENTS".to_owned();
-        let map: HashMap<MapData, u64, [u8; RECORD_SIZE]> = match open(&path, Map::HashMap) {
+        let map: BpfHashMap<MapData, u64, [u8; RECORD_SIZE]> = match open(&path, Map::HashMap) {
             Ok(map) => map,
             Err(error) => return vec![Err(error)],
         };
-        let decode_entry = |(cookie, value): (u64, [u8; RECORD_SIZE])| decode(cookie, &value);
-        map.iter().map(|entry| entry.bpf(read).and_then(decode_entry)).collect()
+        let before = mem::take(&mut decoded.0);
+        let mut decode_entry = |(cookie, value): (u64, [u8; RECORD_SIZE])| {
+            let json = json(&value);
+            let record = match before.get(&cookie) {
+                Some((known, record)) if known == json => record.clone(),
+                _ => decode(cookie, json)?,
+            };
+            decoded.0.insert(cookie, (json.to_vec(), record.clone()));
+            Ok(record)
+        };
+        map.iter().map(|entry| entry.bpf(read).and_then(&mut decode_entry)).collect()
+    }
+
+    /// Whether the instance is known to have no attachment.
+    pub fn are_unused(pins: &Pins) -> bool {
+        let path = pins.maps().join("ATTACHMENTS");
+        if !path.exists() {
+            return true;
+        }
+        let map: Result<BpfHashMap<MapData, u64, [u8; RECORD_SIZE]>> = open(&path, Map::HashMap);
+        map.is_ok_and(|map| map.keys().next().is_none())
     }
 
     /// What is remembered of one attachment.
     pub fn record(&self, cookie: NetnsCookie) -> Result<Option<Record>> {
         match self.attachments.get(&cookie.0, 0) {
-            Ok(value) => decode(cookie.0, &value).map(Some),
+            Ok(value) => decode(cookie.0, json(&value)).map(Some),
             Err(MapError::KeyNotFound) => Ok(None),
             Err(error) => Err(error).bpf(|| "read the map ATTACHMENTS".to_owned()),
         }
@@ -167,8 +195,16 @@ impl Maps {
 
     /// Addresses of a pod: configured, and learned since.
     pub fn addresses(&self, cookie: NetnsCookie) -> HashSet<IpAddr> {
-        let keys = self.addresses.keys().filter_map(Result::ok);
-        keys.filter(|key| key.netns == cookie.0).map(|key| key.address.into()).collect()
+        self.all_addresses().remove(&cookie).unwrap_or_default()
+    }
+
+    /// The same of all pods; the map is read once.
+    pub fn all_addresses(&self) -> HashMap<NetnsCookie, HashSet<IpAddr>> {
+        let mut all: HashMap<_, HashSet<_>> = HashMap::new();
+        for key in self.addresses.keys().filter_map(Result::ok) {
+            all.entry(NetnsCookie(key.netns)).or_default().insert(key.address.into());
+        }
+        all
     }
 
     /// The counters of a pod, all CPUs together.
@@ -182,16 +218,19 @@ impl Maps {
         Ok(sum)
     }
 
-    /// How many listeners on `port` wait in slots.
-    pub fn registered_listeners(&self, cookie: NetnsCookie, port: u16) -> usize {
-        let keys = self.listeners.keys().filter_map(Result::ok);
-        keys.filter(|key| key.netns == cookie.0 && key.port == port).count()
+    /// How many listeners of each pod and port wait in slots; the map is read once.
+    pub fn registered_listeners(&self) -> HashMap<(NetnsCookie, u16), usize> {
+        let mut all = HashMap::new();
+        for key in self.listeners.keys().filter_map(Result::ok) {
+            *all.entry((NetnsCookie(key.netns), key.port)).or_default() += 1;
+        }
+        all
     }
 
     /// Forgets a pod, its record last: as long as that is there, the job can be taken up again.
     pub fn forget(&mut self, cookie: NetnsCookie) -> Result<()> {
         let netns = cookie.0;
-        remove_keys(&mut self.pods, |key| *key == netns)?;
+        tolerate_missing(self.pods.remove(&netns))?;
         remove_sockets(&mut self.listeners, |key| key.netns == netns)?;
         remove_keys(&mut self.by_companion, |key| key.netns == netns)?;
         remove_keys(&mut self.listened, |key| key.netns == netns)?;
@@ -199,7 +238,7 @@ impl Maps {
         remove_keys(&mut self.pending, |key| key.netns == netns)?;
         remove_keys(&mut self.addresses, |key| key.netns == netns)?;
         tolerate_missing(self.counters.remove(&netns))?;
-        remove_keys(&mut self.attachments, |key| *key == netns)
+        tolerate_missing(self.attachments.remove(&netns))
     }
 }
 
@@ -230,7 +269,7 @@ pub(super) fn record_pod(pins: &Pins, cookie: NetnsCookie, mark: Option<u32>) ->
     if !path.exists() {
         return Ok(());
     }
-    let mut watched: HashMap<MapData, u64, u32> = open(&path, Map::HashMap)?;
+    let mut watched: BpfHashMap<MapData, u64, u32> = open(&path, Map::HashMap)?;
     match mark {
         Some(mark) => watched.insert(cookie.0, mark, 0).bpf(|| "write the map WATCHED".to_owned()),
         None => tolerate_missing(watched.remove(&cookie.0)),
@@ -243,21 +282,25 @@ fn random() -> u32 {
     RandomState::new().hash_one(()) as u32
 }
 
-fn decode(cookie: u64, value: &[u8; RECORD_SIZE]) -> Result<Record> {
-    let json = value.split(|&byte| byte == 0).next().unwrap_or_default();
+/// A zero byte ends it.
+fn json(value: &[u8; RECORD_SIZE]) -> &[u8] {
+    value.split(|&byte| byte == 0).next().unwrap_or_default()
+}
+
+fn decode(cookie: u64, json: &[u8]) -> Result<Record> {
     serde_json::from_slice(json).map_err(|error| Error::Record {
         name: format!("netns cookie {cookie}"),
         problem: format!("cannot be read ({error}); `srcip cleanup` removes it"),
     })
 }
 
-pub(super) fn open<T: TryFrom<Map, Error = MapError>>(path: &Path, kind: fn(MapData) -> Map) -> Result<T> {
+pub(crate) fn open<T: TryFrom<Map, Error = MapError>>(path: &Path, kind: fn(MapData) -> Map) -> Result<T> {
     let data = MapData::from_pin(path).bpf(|| format!("open the pinned map {}", path.display()))?;
     T::try_from(kind(data)).bpf(|| format!("use the pinned map {}", path.display()))
 }
 
 fn remove_keys<K: MapValue, V: MapValue>(
-    map: &mut HashMap<MapData, K, V>,
+    map: &mut BpfHashMap<MapData, K, V>,
     wanted: impl Fn(&K) -> bool,
 ) -> Result<()> {
     // First all keys, then the removals: removing while iterating restarts the iteration.
@@ -270,7 +313,7 @@ fn remove_sockets<K: MapValue>(map: &mut SockHash<MapData, K>, wanted: impl Fn(&
     keys.iter().try_for_each(|key| tolerate_missing(map.remove(key)))
 }
 
-fn tolerate_missing(result: Result<(), MapError>) -> Result<()> {
+pub(crate) fn tolerate_missing(result: Result<(), MapError>) -> Result<()> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),

@@ -1,30 +1,45 @@
 //! The data plane: what is in the kernel, and how it gets there and away again.
 //!
 //! - [`record`]: what an attachment is. [`pins`], [`maps`]: where it is kept.
-//! - [`attach`], [`detach`], [`status`]: what can be done with it. [`fill`]: how full its maps are.
+//! - [`attach`], [`detach`], [`status`]: what can be done with it. [`health`]: whether it is complete, for who
+//!   looks after many. [`fill`]: how full its maps are. `whereabouts`: where namespaces were found.
+//! - [`build`], [`object`], [`link`]: the programs, and how they get into the kernel; [`upgrade`]: how those of
+//!   another build do.
 //! - [`engine`]: the two ways to steer, `sk_lookup` and `tc`; [`hooks`]: what both need on the node.
 
 pub mod attach;
+pub mod build;
 pub mod detach;
 pub mod engine;
 pub mod error;
 pub mod fill;
+pub mod health;
 pub mod hooks;
+pub mod link;
+mod listeners;
 pub mod maps;
-pub(crate) mod object;
+pub mod object;
 pub mod pins;
 pub mod record;
 mod sk_lookup;
 pub mod status;
 mod tc;
+pub mod upgrade;
+mod whereabouts;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
+use build::Build;
 use error::{Error, Result};
-use maps::Maps;
+use maps::{Decoded, Maps};
+use object::Objects;
 use pins::Pins;
 use record::Record;
 use srcip_common::telemetry::Event;
+use whereabouts::Whereabouts;
 
 use crate::{
     netns::{Netns, NetnsError},
@@ -32,15 +47,45 @@ use crate::{
 };
 
 /// One instance of the data plane: everything below one pin path.
+///
+/// Clones share what is costly to make; who attaches many pods keeps one. All methods may be called from
+/// any thread, and wait for each other and for other processes.
 #[derive(Clone, Debug)]
 pub struct Dataplane {
     pins: Pins,
+    objects: Arc<Mutex<Objects>>,
+    decoded: Arc<Mutex<Decoded>>,
+    whereabouts: Arc<Whereabouts>,
 }
 
 impl Dataplane {
     /// The instance at `pin_path`, which need not exist.
     pub fn new(pin_path: PathBuf) -> Self {
-        Self { pins: Pins::new(pin_path) }
+        Self::with_objects(pin_path, Objects::default())
+    }
+
+    /// The same with other programs than those built in.
+    pub fn with_build(pin_path: PathBuf, build: Build) -> Self {
+        Self::with_objects(pin_path, Objects::of_build(build))
+    }
+
+    fn with_objects(pin_path: PathBuf, objects: Objects) -> Self {
+        Self {
+            pins: Pins::new(pin_path),
+            objects: Arc::new(Mutex::new(objects)),
+            decoded: Arc::default(),
+            whereabouts: Arc::default(),
+        }
+    }
+
+    /// Taken after the instance's lock. Nothing in it is left half-done by a panic.
+    fn objects(&self) -> MutexGuard<'_, Objects> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where it is.
+    pub fn pin_path(&self) -> &Path {
+        self.pins.root()
     }
 
     /// All attachments, by name.
@@ -59,7 +104,9 @@ impl Dataplane {
     /// it may be the only one there is.
     fn records_locked(&self) -> Result<Vec<Record>> {
         Maps::check_layout(&self.pins)?;
-        let mut records = Maps::read_records(&self.pins).into_iter().collect::<Result<Vec<_>>>()?;
+        let records =
+            Maps::read_records(&self.pins, &mut self.decoded.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut records = records.into_iter().collect::<Result<Vec<_>>>()?;
         records.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(records)
     }

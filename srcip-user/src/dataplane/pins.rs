@@ -104,9 +104,15 @@ impl Pins {
         }
     }
 
-    /// Removes the directories, which must hold no more pins than `node` and `maps` do.
-    pub fn remove_all(&self) -> Result<()> {
-        remove_tree(&self.root)
+    /// Removes what steers pods, and the instance's directory if nothing else is in it.
+    pub fn remove_steering(&self) -> Result<()> {
+        for directory in [self.maps(), self.node(), self.root.join("pods")] {
+            remove_tree(&directory)?;
+        }
+        match fs::remove_dir(&self.root) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => Ok(()),
+            removed => removed.file("remove", &self.root),
+        }
     }
 
     fn ensure_bpffs(&self) -> Result<()> {
@@ -134,13 +140,13 @@ fn is_same(file: &File, path: &Path) -> bool {
     (open.dev(), open.ino()) == (there.dev(), there.ino())
 }
 
-pub(super) fn make_directory(path: &Path) -> Result<()> {
+pub(crate) fn make_directory(path: &Path) -> Result<()> {
     // Only root: whoever can open a pin can change what the programs do.
     DirBuilder::new().mode(0o700).recursive(true).create(path).file("create", path)
 }
 
 /// Removes a pin or a directory of pins. What is gone already is no error.
-pub(super) fn remove_tree(path: &Path) -> Result<()> {
+pub(crate) fn remove_tree(path: &Path) -> Result<()> {
     let removed = match fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => {
             for entry in fs::read_dir(path).file("read", path)? {

@@ -2,6 +2,7 @@
 
 use std::{fmt, path::PathBuf};
 
+use aya::util::KernelVersion;
 use serde::{Deserialize, Serialize};
 use srcip_common::{
     pod::{CHOOSE_PORT_AT_BIND, PASS_WHEN_PROXY_DOWN, Pod, STEER},
@@ -42,14 +43,22 @@ impl fmt::Display for EngineKind {
     }
 }
 
-/// How the `tc` engine attaches.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+/// How a program is attached to a device.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TcHook {
     /// A tcx link, Linux 6.6.
     Tcx,
     /// A filter of the `clsact` queueing discipline.
     Clsact,
+}
+
+impl TcHook {
+    /// What this kernel offers: tcx since Linux 6.6.
+    pub fn newest() -> Self {
+        let has_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
+        if has_tcx { Self::Tcx } else { Self::Clsact }
+    }
 }
 
 /// What happens to connections while the proxy does not listen.
@@ -72,6 +81,17 @@ pub enum UpstreamPortAt {
     Bind,
 }
 
+/// The Kubernetes pod that an attachment is for.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct PodRef {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name, which another pod may have had before.
+    pub name: String,
+    /// Its UID, which none had before.
+    pub uid: String,
+}
+
 /// What to attach, and how.
 #[derive(Debug)]
 pub struct AttachSpec {
@@ -79,6 +99,8 @@ pub struct AttachSpec {
     pub netns: Netns,
     /// A name for it; the path's last part if not given.
     pub name: Option<String>,
+    /// Whose it is; if not given, it stays whose it was.
+    pub pod: Option<PodRef>,
     /// The settings.
     pub settings: Settings,
     /// The engine, or `None` to pick one.
@@ -163,12 +185,21 @@ pub struct Record {
     pub netns: PathBuf,
     /// The namespace's cookie.
     pub netns_cookie: NetnsCookie,
+    /// Inode number of its nsfs file, by which it is looked for. Another namespace may have it after this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub netns_inode: Option<u64>,
+    /// The Kubernetes pod; none if it was attached by hand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<PodRef>,
     /// How far it has come.
     pub state: State,
     /// The engine.
     pub engine: EngineKind,
     /// Why this one.
     pub engine_reason: String,
+    /// The one that was asked for; none if it was picked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_wanted: Option<EngineKind>,
     /// Port of the proxy's listener.
     pub proxy_port: u16,
     /// Ports to steer, as written.
@@ -220,14 +251,27 @@ impl Record {
         ReturnRoute { mark: self.mark, table: self.route_table }
     }
 
-    /// The ports whose connections go to the proxy; none if it is not steered now.
-    pub fn steered_ports(&self) -> Option<PortSet> {
-        let include: PortList = self.include_inbound_ports.parse().ok()?;
+    /// The settings it was attached with, if they can still be read.
+    pub fn settings(&self) -> Option<Settings> {
         let exclude = match self.exclude_inbound_ports.as_str() {
             "" => PortList::none(),
             ports => ports.parse().ok()?,
         };
-        let own = never_steered(self.proxy_port);
+        Some(Settings {
+            proxy_port: self.proxy_port,
+            include: self.include_inbound_ports.parse().ok()?,
+            exclude,
+            on_proxy_down: self.on_proxy_down,
+            route: self.route(),
+            upstream_ports: self.upstream_ports.parse().ok()?,
+            upstream_port_at: self.upstream_port_at,
+        })
+    }
+
+    /// The ports whose connections go to the proxy; none if it is not steered now.
+    pub fn steered_ports(&self) -> Option<PortSet> {
+        let Settings { include, exclude, proxy_port, .. } = self.settings()?;
+        let own = never_steered(proxy_port);
         (self.state != State::Draining).then(|| steered_ports(&include, &exclude, &own))
     }
 

@@ -1,52 +1,54 @@
 //! The default engine: an `sk_lookup` program in the pod's network namespace.
 
-use std::io::Read as _;
-
-use aya::{
-    Btf, Ebpf,
-    programs::{Iter, SkLookup},
-};
+use aya::programs::{Program, SkLookup, links::FdLink};
 
 use super::{
     engine::Engine,
-    error::{BpfContext as _, Result, load_error},
-    hooks::pin_link,
-    object,
-    pins::{Pins, make_directory, remove_tree},
+    error::{BpfContext as _, Result},
+    link,
+    object::Programs,
+    pins::{Pins, make_directory},
     record::Record,
 };
 use crate::netns::Netns;
 
-const PROGRAM: &str = "srcip_sk_lookup";
-const ITERATOR: &str = "srcip_iter_tcp";
+pub(super) const PROGRAM: &str = "srcip_sk_lookup";
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct SkLookupEngine;
 
 impl Engine for SkLookupEngine {
-    fn prepare(&self, pins: &Pins, netns: &Netns, record: &Record) -> Result<()> {
-        register_listeners(&mut object::load(pins, Some(record))?, netns)
+    fn prepare(&self, programs: &mut Programs<'_>, netns: &Netns, record: &Record) -> Result<()> {
+        programs.listeners()?.register(netns, record.netns_cookie, record.proxy_port)
     }
 
     fn attach(
         &self,
-        pins: &Pins,
+        programs: &mut Programs<'_>,
         netns: &Netns,
         record: &mut Record,
         _remember: &mut dyn FnMut(&Record) -> Result<()>,
     ) -> Result<()> {
-        let mut object = object::load(pins, Some(record))?;
         // The hooks register listeners from now on; this finds those that were there before.
-        register_listeners(&mut object, netns)?;
-        attach_program(pins, netns, &mut object, record, PROGRAM)
+        self.prepare(programs, netns, record)?;
+        attach_program(programs, netns, record, PROGRAM)
+    }
+
+    fn upgrade(&self, programs: &mut Programs<'_>, _netns: Option<&Netns>, record: &Record) -> Result<()> {
+        let pin = programs.pins.pod(record.netns_cookie).join(PROGRAM);
+        programs.upgrade(PROGRAM, &pin).map(drop)
     }
 
     fn detach(&self, pins: &Pins, _netns: Option<&Netns>, record: &Record) -> Result<()> {
-        remove_tree(&pins.pod(record.netns_cookie).join(PROGRAM))
+        link::remove(&pins.pod(record.netns_cookie).join(PROGRAM))
     }
 
-    fn problems(&self, pins: &Pins, _netns: &Netns, record: &Record) -> Vec<String> {
+    fn looks_inside(&self) -> bool {
+        false
+    }
+
+    fn problems(&self, pins: &Pins, _netns: Option<&Netns>, record: &Record) -> Vec<String> {
         if pins.pod(record.netns_cookie).join(PROGRAM).exists() {
             Vec::new()
         } else {
@@ -55,45 +57,19 @@ impl Engine for SkLookupEngine {
     }
 }
 
-/// Runs the iterator over the pod's sockets.
-fn register_listeners(object: &mut Ebpf, netns: &Netns) -> Result<()> {
-    let iterator: &mut Iter = object::program(object, ITERATOR)?;
-    let btf = Btf::from_sys_fs().bpf(|| "read the kernel's BTF".to_owned())?;
-    iterator.load("tcp", &btf).map_err(|error| load_error(ITERATOR, error))?;
-    let link = iterator.attach().and_then(|id| iterator.take_link(id));
-    let link = link.bpf(|| format!("attach {ITERATOR}"))?;
-    let read = netns.run(move || -> std::io::Result<()> {
-        let mut file = link.into_file().map_err(std::io::Error::other)?;
-        file.read_to_end(&mut Vec::new()).map(drop)
-    })?;
-    read.bpf(|| format!("run {ITERATOR} in {}", netns.path().display()))?;
-    if tracing::enabled!(tracing::Level::DEBUG) {
-        match aya_log::EbpfLogger::init(object) {
-            Ok(mut logger) => logger.flush(),
-            Err(error) => tracing::debug!("the programs' log cannot be read: {error}"),
-        }
-    }
-    Ok(())
-}
-
-/// Attaches one of the object's `sk_lookup` programs to the pod's network namespace, unless it is.
+/// Sees to it that one of the `sk_lookup` programs is attached to the pod's network namespace.
 pub(super) fn attach_program(
-    pins: &Pins,
+    programs: &mut Programs<'_>,
     netns: &Netns,
-    object: &mut Ebpf,
     record: &Record,
-    name: &str,
+    name: &'static str,
 ) -> Result<()> {
-    let directory = pins.pod(record.netns_cookie);
-    let pin = directory.join(name);
-    if pin.exists() {
-        return Ok(());
-    }
-    let program: &mut SkLookup = object::program(object, name)?;
-    program.load().map_err(|error| load_error(name, error))?;
+    let directory = programs.pins.pod(record.netns_cookie);
     make_directory(&directory)?;
-    let link = program.attach(netns).and_then(|id| program.take_link(id));
-    let action = || format!("attach {name} to {}", netns.path().display());
-    pin_link(link.bpf(action)?.into(), &pin)?;
-    Ok(())
+    programs.ensure(name, &directory.join(name), |program: &mut Program| {
+        let action = || format!("attach {name} to {}", netns.path().display());
+        let program: &mut SkLookup = program.try_into().bpf(action)?;
+        let link = program.attach(netns).and_then(|id| program.take_link(id));
+        Ok(FdLink::from(link.bpf(action)?))
+    })
 }

@@ -3,26 +3,23 @@
 use std::io;
 
 use aya::{
-    Ebpf,
     programs::{
-        LinkOrder, ProgramError, ProgramType, SchedClassifier, TcAttachType,
-        links::FdLink,
-        tc::{NlOptions, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
+        LinkOrder, ProgramError, ProgramType, SchedClassifier, TcAttachType, links::FdLink,
+        tc::TcAttachOptions,
     },
     sys::is_program_supported,
-    util::KernelVersion,
 };
 
 use super::{
     engine::Engine,
-    error::{BpfContext as _, Result, load_error},
-    hooks::pin_link,
-    object,
-    pins::{Pins, make_directory, remove_tree},
+    error::{BpfContext as _, Result},
+    link,
+    object::{Programs, Replaced},
+    pins::{Pins, make_directory},
     record::{Record, TcDevice, TcHook},
 };
 use crate::{
-    clsact,
+    clsact::{self, Filter},
     netns::Netns,
     routing::{self, Device},
 };
@@ -30,17 +27,11 @@ use crate::{
 const PROGRAM: &str = "srcip_tc";
 
 /// An `sk_lookup` program for what a listener cannot simply be assigned to.
-const COMPANION: &str = "srcip_tc_companion";
+pub(super) const COMPANION: &str = "srcip_tc_companion";
 
 /// Whether the kernel can run the companion: Linux 5.9.
 pub(super) fn has_companion() -> bool {
     is_program_supported(ProgramType::SkLookup).unwrap_or(false)
-}
-
-/// The hook that this kernel offers: tcx since Linux 6.6.
-pub(super) fn default_hook() -> TcHook {
-    let has_tcx = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0));
-    if has_tcx { TcHook::Tcx } else { TcHook::Clsact }
 }
 
 /// Says on which of the pod's devices the program shall sit. Where it sits by another hook, both are
@@ -69,36 +60,42 @@ pub(super) struct TcEngine;
 impl Engine for TcEngine {
     fn attach(
         &self,
-        pins: &Pins,
+        programs: &mut Programs<'_>,
         netns: &Netns,
         record: &mut Record,
         remember: &mut dyn FnMut(&Record) -> Result<()>,
     ) -> Result<()> {
-        let mut object = object::load(pins, Some(record))?;
-        let program: &mut SchedClassifier = object::program(&mut object, PROGRAM)?;
-        program.load().map_err(|error| load_error(PROGRAM, error))?;
-        make_directory(&pins.pod(record.netns_cookie))?;
-        if has_companion() {
-            super::sk_lookup::attach_program(pins, netns, &mut object, record, COMPANION)?;
+        make_directory(&programs.pins.pod(record.netns_cookie))?;
+        if record.cgroup.is_some()
+            && let Err(error) = programs
+                .listeners()
+                .and_then(|listeners| listeners.register(netns, record.netns_cookie, record.proxy_port))
+        {
+            // This engine finds listeners by itself. It is their mark that is missed, and only where Istio's
+            // rules are in force as well.
+            tracing::debug!("listeners that were there before have no mark: {error}");
         }
-        let wanted = record.tc_hook.unwrap_or_else(default_hook);
+        if has_companion() {
+            super::sk_lookup::attach_program(programs, netns, record, COMPANION)?;
+        }
+        let wanted = record.tc_hook.unwrap_or_else(TcHook::newest);
         for i in 0..record.tc_devices.len() {
             let TcDevice { device, hook, .. } = record.tc_devices[i].clone();
             match hook {
                 _ if hook != wanted => {}
-                TcHook::Tcx => attach_tcx(pins, netns, &mut object, record, &device)?,
+                TcHook::Tcx => attach_tcx(programs, netns, record, &device)?,
                 TcHook::Clsact => {
                     let looked = netns
-                        .run(|| Ok((clsact::exists(&device)?, clsact::has_filter(&device, PROGRAM)?)))?;
-                    let (exists, has_filter) = looked.map_err(|e| super::in_netns(e, netns))?;
+                        .run(|| Ok((clsact::exists(&device)?, clsact::find_filter(&device, PROGRAM)?)))?;
+                    let (exists, filter) = looked.map_err(|e| super::in_netns(e, netns))?;
                     if !exists {
                         // Remembered before it is done, so that an interruption leaves nothing behind.
                         record.tc_devices[i].created_clsact = true;
                         remember(record)?;
                     }
-                    // One that is there serves on: the settings are in the maps.
-                    if !has_filter {
-                        attach_clsact(netns, &mut object, &device, !exists)?;
+                    match filter {
+                        Some(filter) => upgrade_clsact(programs, netns, &device, filter)?,
+                        None => attach_clsact(programs, netns, &device, !exists)?,
                     }
                 }
             }
@@ -107,9 +104,27 @@ impl Engine for TcEngine {
             .into_iter()
             .partition::<Vec<_>, _>(|device| device.hook == wanted);
         for device in &replaced {
-            detach_device(pins, Some(netns), record, device)?;
+            detach_device(programs.pins, Some(netns), record, device)?;
         }
         record.tc_devices = keep;
+        Ok(())
+    }
+
+    fn upgrade(&self, programs: &mut Programs<'_>, netns: Option<&Netns>, record: &Record) -> Result<()> {
+        programs.upgrade(COMPANION, &programs.pins.pod(record.netns_cookie).join(COMPANION))?;
+        for TcDevice { device, hook, .. } in &record.tc_devices {
+            match (hook, netns) {
+                (TcHook::Tcx, _) => drop(programs.upgrade(PROGRAM, &pin(programs.pins, record, device))?),
+                (TcHook::Clsact, Some(netns)) => {
+                    let filter = netns.run(|| clsact::find_filter(device, PROGRAM))?;
+                    if let Some(filter) = filter.map_err(|e| super::in_netns(e, netns))? {
+                        upgrade_clsact(programs, netns, device, filter)?;
+                    }
+                }
+                // The devices went with their namespace.
+                (TcHook::Clsact, None) => {}
+            }
+        }
         Ok(())
     }
 
@@ -117,14 +132,20 @@ impl Engine for TcEngine {
         for device in &record.tc_devices {
             detach_device(pins, netns, record, device)?;
         }
-        remove_tree(&pins.pod(record.netns_cookie).join(COMPANION))
+        link::remove(&pins.pod(record.netns_cookie).join(COMPANION))
     }
 
-    fn problems(&self, pins: &Pins, netns: &Netns, record: &Record) -> Vec<String> {
+    fn looks_inside(&self) -> bool {
+        true
+    }
+
+    fn problems(&self, pins: &Pins, netns: Option<&Netns>, record: &Record) -> Vec<String> {
+        // The devices went with it.
+        let Some(netns) = netns else { return Vec::new() };
         let here = |known: &TcDevice| match known.hook {
             TcHook::Tcx => pin(pins, record, &known.device).exists(),
             TcHook::Clsact => {
-                matches!(netns.run(|| clsact::has_filter(&known.device, PROGRAM)), Ok(Ok(true)))
+                matches!(netns.run(|| clsact::find_filter(&known.device, PROGRAM)), Ok(Ok(Some(_))))
             }
         };
         let devices = netns.run(routing::devices).ok().and_then(std::result::Result::ok).unwrap_or_default();
@@ -141,7 +162,7 @@ impl Engine for TcEngine {
 fn detach_device(pins: &Pins, netns: Option<&Netns>, record: &Record, device: &TcDevice) -> Result<()> {
     let TcDevice { device, hook, created_clsact } = device;
     match (hook, netns) {
-        (TcHook::Tcx, _) => remove_tree(&pin(pins, record, device)),
+        (TcHook::Tcx, _) => link::remove(&pin(pins, record, device)),
         (TcHook::Clsact, Some(netns)) => {
             let detached = netns.run(|| detach_clsact(device, *created_clsact))?;
             detached.bpf(|| format!("detach {PROGRAM} from {}", device.name))
@@ -155,36 +176,38 @@ fn pin(pins: &Pins, record: &Record, device: &Device) -> std::path::PathBuf {
     pins.pod(record.netns_cookie).join(format!("{PROGRAM}_{}", device.index))
 }
 
-fn attach_tcx(pins: &Pins, netns: &Netns, object: &mut Ebpf, record: &Record, device: &Device) -> Result<()> {
-    let pin = pin(pins, record, device);
-    if pin.exists() {
-        return Ok(());
-    }
-    let program: &mut SchedClassifier = object::program(object, PROGRAM)?;
-    let link = netns.run(move || -> std::result::Result<FdLink, ProgramError> {
-        // First: what another program lets through would otherwise end the chain before ours.
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
-        let id = program.attach_with_options(&device.name, TcAttachType::Ingress, options)?;
-        let link = program.take_link(id)?;
-        link.try_into().map_err(|error| ProgramError::IOError(io::Error::other(error)))
-    })?;
-    pin_link(link.bpf(|| attach_action(device))?, &pin)?;
-    Ok(())
+fn attach_tcx(programs: &mut Programs<'_>, netns: &Netns, record: &Record, device: &Device) -> Result<()> {
+    let pin = pin(programs.pins, record, device);
+    programs.ensure(PROGRAM, &pin, |program| {
+        let program: &mut SchedClassifier = program.try_into().bpf(|| attach_action(device))?;
+        let link = netns.run(move || -> std::result::Result<FdLink, ProgramError> {
+            // First: what another program lets through would otherwise end the chain before ours.
+            let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+            let id = program.attach_with_options(&device.name, TcAttachType::Ingress, options)?;
+            let link = program.take_link(id)?;
+            link.try_into().map_err(|error| ProgramError::IOError(io::Error::other(error)))
+        })?;
+        link.bpf(|| attach_action(device))
+    })
 }
 
-fn attach_clsact(netns: &Netns, object: &mut Ebpf, device: &Device, create: bool) -> Result<()> {
-    let program: &mut SchedClassifier = object::program(object, PROGRAM)?;
-    let attached = netns.run(move || -> std::result::Result<(), ProgramError> {
-        if create {
-            qdisc_add_clsact(&device.name)?;
-        }
-        let options = TcAttachOptions::Netlink(NlOptions { priority: 1, ..Default::default() });
-        let id = program.attach_with_options(&device.name, TcAttachType::Ingress, options)?;
-        // The filter holds the program from here on; dropping the link would remove it.
-        std::mem::forget(program.take_link(id)?);
-        Ok(())
-    })?;
-    attached.bpf(|| attach_action(device))
+fn attach_clsact(programs: &mut Programs<'_>, netns: &Netns, device: &Device, create: bool) -> Result<()> {
+    let program = programs.loaded(PROGRAM)?;
+    let program: &mut SchedClassifier = program.try_into().bpf(|| attach_action(device))?;
+    netns.run(move || clsact::add_filter(program, device, create))?.bpf(|| attach_action(device))
+}
+
+/// Puts this build's program into a filter that is there.
+fn upgrade_clsact(programs: &mut Programs<'_>, netns: &Netns, device: &Device, filter: Filter) -> Result<()> {
+    let (old, new) = (filter.tag, programs.tag(PROGRAM)?);
+    if old == new {
+        return Ok(());
+    }
+    let action = || format!("replace {PROGRAM} at the ingress of {}", device.name);
+    let program: &mut SchedClassifier = programs.loaded(PROGRAM)?.try_into().bpf(action)?;
+    netns.run(move || clsact::replace_filter(program, device, filter))?.bpf(action)?;
+    programs.replaced(Replaced { program: PROGRAM, at: netns.path().join(&device.name), old, new });
+    Ok(())
 }
 
 fn attach_action(device: &Device) -> String {
@@ -192,9 +215,8 @@ fn attach_action(device: &Device) -> String {
 }
 
 fn detach_clsact(device: &Device, created: bool) -> io::Result<()> {
-    if clsact::has_filter(device, PROGRAM).map_err(io::Error::other)? {
-        let detached = qdisc_detach_program(&device.name, TcAttachType::Ingress, PROGRAM);
-        detached.map_err(io::Error::other)?;
+    for filter in clsact::filters(device, PROGRAM).map_err(io::Error::other)? {
+        clsact::remove_filter(device, filter).map_err(io::Error::other)?;
     }
     if created {
         clsact::remove_if_empty(device).map_err(io::Error::other)?;

@@ -102,18 +102,6 @@ impl Watch {
     }
 }
 
-/// Loads the program as a recorder, whose memory is pinned in `maps`.
-pub(crate) fn load_recorder(maps: &Path) -> Result<Ebpf> {
-    EbpfLoader::new()
-        .override_global("TELL", &0_u8, true)
-        .map_max_entries("EVENTS", 4096)
-        .map_pin_path("HISTORY", maps.join("HISTORY"))
-        .map_pin_path("HISTORY_COUNT", maps.join("HISTORY_COUNT"))
-        .map_pin_path("WATCHED", maps.join("WATCHED"))
-        .load(WATCH_OBJECT)
-        .map_err(object_error)
-}
-
 fn take_map<T: TryFrom<aya::maps::Map, Error = aya::maps::MapError>>(
     object: &mut Ebpf,
     name: &str,

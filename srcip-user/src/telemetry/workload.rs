@@ -83,7 +83,7 @@ impl Workloads {
         let attachments = dataplane.peek_records().unwrap_or_default();
         let mut found = HashMap::new();
         let mut new = Vec::new();
-        for netns in Netns::all().into_iter().filter(|netns| !netns.is_host()) {
+        for netns in Netns::all().filter(|netns| !netns.is_host()) {
             let Ok(cookie) = netns.cookie() else { continue };
             let attachment = attachments.iter().find(|a| a.netns_cookie == cookie);
             if !self.known.contains_key(&cookie) {

@@ -1,18 +1,21 @@
 //! The other ends of a test's connections: an HTTP application like httpbin, a TCP application that
-//! echoes, and clients that hold many connections.
+//! echoes, and clients that hold many connections. Also what a test has to kill.
 
 use std::{
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use bytes::BytesMut;
 use clap::{Parser, Subcommand};
-use srcip_tests::client;
+use srcip_tests::{client, options};
+use srcip_user::cni::{config::Settings, install::Installer};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpSocket, TcpStream},
+    signal::unix::{SignalKind, signal},
     task::JoinSet,
     time::timeout,
 };
@@ -27,10 +30,14 @@ struct Arguments {
 enum Role {
     /// An HTTP application.
     Httpbin { addresses: Vec<SocketAddr> },
+    /// The same behind proxies that it believes: the client is the one they name.
+    Forwarded { addresses: Vec<SocketAddr> },
     /// A TCP application: one line with the ends of the connection, then everything comes back.
     Echo { addresses: Vec<SocketAddr> },
     /// Opens connections to a TCP application and holds them; reads `check` and `close` from stdin.
     Hold(Clients),
+    /// Does nothing until it is told to end.
+    Pause,
     /// Asks the HTTP application at an address once, and prints what it saw.
     Ask {
         to: SocketAddr,
@@ -39,7 +46,8 @@ enum Role {
     },
     /// Opens connections to a TCP application and closes each one once it has been greeted.
     Visit(Clients),
-    /// The same as fast as it goes, for a time; prints how many there were.
+    /// The same as fast as it goes, for a time; prints how many there were, and their 99th percentile in
+    /// microseconds.
     Hammer {
         to: SocketAddr,
         #[arg(long)]
@@ -47,6 +55,8 @@ enum Role {
         #[arg(long)]
         milliseconds: u64,
     },
+    /// Installs the CNI plugin and removes it again, over and over.
+    InstallCni { conf_dir: PathBuf, bin_dir: PathBuf, plugin: PathBuf },
 }
 
 #[derive(clap::Args)]
@@ -72,8 +82,10 @@ async fn main() -> Result<()> {
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard)?;
     match Arguments::parse().role {
         Role::Httpbin { addresses } => serve(addresses, http).await,
+        Role::Forwarded { addresses } => serve(addresses, forwarded).await,
         Role::Echo { addresses } => serve(addresses, echo).await,
         Role::Hold(clients) => hold(clients).await,
+        Role::Pause => pause().await,
         Role::Ask { to, from } => {
             let seen = client::ask(&mut client::connect_here(from, to)?)?;
             println!("{} {} {}", seen.peer, seen.local, seen.proxied);
@@ -82,6 +94,15 @@ async fn main() -> Result<()> {
         Role::Visit(clients) => visit(clients).await,
         Role::Hammer { to, threads, milliseconds } => {
             hammer(to, threads, Duration::from_millis(milliseconds))
+        }
+        Role::InstallCni { conf_dir, bin_dir, plugin } => {
+            let installer = Installer { conf_dir, bin_dir, plugin, settings: Settings::default() };
+            println!("at work");
+            for _ in 0..10_000 {
+                installer.ensure()?;
+                installer.remove()?;
+            }
+            Ok(())
         }
     }
 }
@@ -114,11 +135,31 @@ async fn serve<F: Future<Output = Result<()>> + Send + 'static>(
     listeners.join_next().await.context("no address to listen on")?.context("a listener ended")
 }
 
+/// The first process of a PID namespace is deaf to signals that it does not ask for.
+async fn pause() -> Result<()> {
+    signal(SignalKind::terminate())?.recv().await;
+    Ok(())
+}
+
 /// How long `/slow` takes: enough to look at the sockets meanwhile.
 const SLOW: Duration = Duration::from_secs(1);
 
+async fn http(stream: TcpStream) -> Result<()> {
+    answer(stream, false).await
+}
+
+async fn forwarded(stream: TcpStream) -> Result<()> {
+    answer(stream, true).await
+}
+
+/// The first of the addresses in `X-Forwarded-For`.
+fn forwarded_for(head: &str) -> Option<&str> {
+    let value = head.lines().find_map(|line| line.strip_prefix("x-forwarded-for:"))?;
+    value.split(',').next().map(str::trim)
+}
+
 /// HTTP/1.1, as much as a sidecar needs: `/ip`, `/seen`, `/slow`.
-async fn http(mut stream: TcpStream) -> Result<()> {
+async fn answer(mut stream: TcpStream, believes: bool) -> Result<()> {
     stream.set_nodelay(true)?;
     let (peer, local) = (stream.peer_addr()?, stream.local_addr()?);
     let mut buffer = BytesMut::with_capacity(2048);
@@ -138,7 +179,11 @@ async fn http(mut stream: TcpStream) -> Result<()> {
             tokio::time::sleep(SLOW).await;
         }
         let body = match path {
-            "/ip" => format!("{{\"origin\": \"{}\"}}\n", peer.ip().to_canonical()),
+            "/ip" => {
+                let own = peer.ip().to_canonical().to_string();
+                let origin = forwarded_for(&head).filter(|_| believes).unwrap_or(&own);
+                format!("{{\"origin\": \"{origin}\"}}\n")
+            }
             "/seen" | "/slow" => format!("{peer} {local}"),
             _ => "ok\n".to_owned(),
         };
@@ -198,20 +243,8 @@ async fn open(from: Option<SocketAddr>, to: SocketAddr) -> Result<BufReader<TcpS
 }
 
 fn bind_address_no_port(socket: &TcpSocket) -> Result<()> {
-    use std::os::fd::AsRawFd as _;
     const IP_BIND_ADDRESS_NO_PORT: libc::c_int = 24;
-    let on: libc::c_int = 1;
-    // SAFETY: the socket is open and the option an int.
-    let error = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_IP,
-            IP_BIND_ADDRESS_NO_PORT,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
-        )
-    };
-    if error == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
+    Ok(options::set(socket, libc::IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &1_i32.to_ne_bytes())?)
 }
 
 /// Opens all connections, and calls `keep` with each that is good.
@@ -250,32 +283,35 @@ async fn visit(clients: Clients) -> Result<()> {
 
 /// One blocking thread for each connection at a time: nothing of a runtime's is measured along.
 fn hammer(to: SocketAddr, threads: usize, time: Duration) -> Result<()> {
-    let end = std::time::Instant::now() + time;
+    use std::{io::Read as _, time::Instant};
+    let end = Instant::now() + time;
     let workers: Vec<_> = (0..threads)
         .map(|_| {
-            std::thread::spawn(move || -> Result<usize> {
-                use std::io::Read as _;
-                let mut count = 0;
+            std::thread::spawn(move || -> Result<Vec<Duration>> {
+                let mut times = Vec::new();
                 let mut greeting = [0; 256];
-                while std::time::Instant::now() < end {
+                while Instant::now() < end {
+                    let start = Instant::now();
                     let mut stream = std::net::TcpStream::connect(to)?;
                     stream.set_read_timeout(Some(PATIENCE))?;
                     if stream.read(&mut greeting)? == 0 {
                         bail!("closed without a greeting");
                     }
+                    times.push(start.elapsed());
                     // A reset leaves no TIME_WAIT on the port.
                     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
-                    count += 1;
                 }
-                Ok(count)
+                Ok(times)
             })
         })
         .collect();
-    let mut total = 0;
+    let mut times = Vec::new();
     for worker in workers {
-        total += worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))??;
+        times.extend(worker.join().map_err(|_| anyhow::anyhow!("a worker panicked"))??);
     }
-    println!("opened {total}");
+    times.sort();
+    let p99 = times.get((times.len() * 99).div_ceil(100).saturating_sub(1)).context("no connection")?;
+    println!("opened {} p99 {}", times.len(), p99.as_micros());
     Ok(())
 }
 

@@ -9,18 +9,20 @@ use serde_json::{Value, json};
 use srcip_tests::{
     Family, client,
     host::Host,
-    mesh::{ISTIO_TPROXY, NodePort, istio_redirect},
+    mesh::{NodePort, install_istio_tproxy, istio_redirect},
     peer,
     process::sh,
-    proxy::{Kind, Proxy},
+    proxy::{Kind, Proxy, with_istios_mark},
     srcip::Srcip,
     world::World,
 };
 
 use crate::scenario::{Engine, PORT, Scenario};
 
+mod snat;
+
 /// Audits while `traffic` goes on.
-fn audit(srcip: &Srcip, options: &str, traffic: impl FnOnce()) -> Value {
+pub fn audit(srcip: &Srcip, options: &str, traffic: impl FnOnce()) -> Value {
     let traffic = || {
         traffic();
         Ok(())
@@ -29,7 +31,7 @@ fn audit(srcip: &Srcip, options: &str, traffic: impl FnOnce()) -> Value {
 }
 
 /// The only finding of the workload in this namespace.
-fn only_finding(report: &Value, pod: &Host) -> Value {
+pub fn only_finding(report: &Value, pod: &Host) -> Value {
     let workload = workload(report, pod);
     let findings = workload["findings"].as_array().unwrap();
     assert_eq!(findings.len(), 1, "{workload:#}");
@@ -43,7 +45,7 @@ fn workload(report: &Value, pod: &Host) -> Value {
     found.cloned().unwrap_or_else(|| panic!("{} is not in {report:#}", pod.name()))
 }
 
-fn commands(finding: &Value) -> Vec<String> {
+pub fn commands(finding: &Value) -> Vec<String> {
     let steps = finding["steps"].as_array().unwrap().iter();
     let commands = steps.flat_map(|step| step["commands"].as_array().unwrap());
     commands.map(|command| command.as_str().unwrap().to_owned()).collect()
@@ -55,7 +57,7 @@ fn shell(command: &str) {
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn assert_clean(report: &Value, pod: &Host, by: &str) {
+pub fn assert_clean(report: &Value, pod: &Host, by: &str) {
     let finding = only_finding(report, pod);
     assert_eq!(
         (finding["cause"].as_str(), finding["by"].as_str()),
@@ -216,149 +218,6 @@ fn manifests(world: &World, objects: &[Value]) -> String {
     format!("--manifests {}", directory.display())
 }
 
-/// A client, two nodes, and a pod on the second one, with kube-proxy's rules on both.
-struct Cluster {
-    world: World,
-    srcip: Srcip,
-    client: Host,
-    nodes: [Host; 2],
-    pod: Host,
-    service: Value,
-    _application: srcip_tests::process::Process,
-}
-
-impl Cluster {
-    fn new() -> Self {
-        let mut world = World::new().unwrap();
-        let client = world.host("client").unwrap();
-        let nodes = [world.host("nodea").unwrap(), world.host("nodeb").unwrap()];
-        let pod = world.host("pod").unwrap();
-        // The pod's cable goes to the second node instead of the bridge. That one answers for it on the
-        // network, and for the network to it.
-        let node = &nodes[1];
-        let bridge = world.node().name();
-        sh(&format!("ip -n {bridge} link set veth4 nomaster")).unwrap();
-        sh(&format!("ip -n {bridge} link set veth4 netns {}", node.name())).unwrap();
-        node.ip("link set veth4 up").unwrap();
-        node.ip(&format!("route add {}/32 dev veth4", pod.address(Family::V4))).unwrap();
-        node.sysctl("net.ipv4.conf.all.proxy_arp", "1").unwrap();
-        for node in &nodes {
-            node.sysctl("net.ipv4.ip_forward", "1").unwrap();
-        }
-        let application = peer::application(&pod, &["[::]:8000"]).unwrap();
-        let srcip = world.srcip();
-        let cluster =
-            Self { world, srcip, client, nodes, pod, service: service_manifest(), _application: application };
-        cluster.kube_proxy();
-        cluster
-    }
-
-    /// Does what kube-proxy does with the Service as it is.
-    fn kube_proxy(&self) {
-        for (i, node) in self.nodes.iter().enumerate() {
-            let rules = NodePort {
-                node_port: 30080,
-                endpoint: (self.pod.address(Family::V4), PORT),
-                local: self.service["spec"]["externalTrafficPolicy"] == "Local",
-                endpoint_is_here: i == 1,
-            };
-            node.feed("iptables-restore", &rules.rules()).unwrap();
-        }
-    }
-
-    fn manifests(&self) -> String {
-        let nodes = self.nodes.iter().zip(["a", "b"]).map(|(host, name)| node_manifest(name, host));
-        let objects: Vec<_> =
-            nodes.chain([pod_manifest("httpbin", &self.pod), self.service.clone()]).collect();
-        manifests(&self.world, &objects)
-    }
-
-    /// What the application sees of the client by way of a node's port.
-    fn ask(&self, node: usize) -> IpAddr {
-        let to = SocketAddr::new(self.nodes[node].address(Family::V4), 30080);
-        client::ask_once(&self.client, to).unwrap().peer.ip()
-    }
-}
-
-/// kube-proxy's rules put a node's address in place of the client's; the printed patch, applied to the
-/// Service and followed by kube-proxy, makes the audit clean.
-#[test]
-fn snat_by_kube_proxy() {
-    let mut cluster = Cluster::new();
-    let node_address = cluster.nodes[0].address(Family::V4);
-    let report = audit(&cluster.srcip, &cluster.manifests(), || {
-        for _ in 0..3 {
-            assert_eq!(cluster.ask(0), node_address);
-        }
-    });
-    let finding = only_finding(&report, &cluster.pod);
-    assert_eq!(finding["cause"], "snat", "{finding:#}");
-    assert_eq!(finding["node"], "a");
-    assert_eq!(finding["services"], json!([{ "namespace": "web", "name": "httpbin" }]));
-    assert_eq!(finding["connections"], 3);
-    assert_eq!(finding["application_saw"], json!([node_address]));
-    assert_eq!(finding["clients"], json!([]), "the client cannot be known here");
-
-    let commands = commands(&finding);
-    let [command] = &commands[..] else { panic!("{commands:?}") };
-    let (kubectl, patch) = command.split_once(" --type merge -p ").unwrap();
-    assert_eq!(kubectl, "kubectl -n web patch service httpbin");
-    let patch: Value = serde_json::from_str(patch.trim_matches('\'')).unwrap();
-    merge(&mut cluster.service, &patch);
-    cluster.kube_proxy();
-    // The load balancer follows the health check to the node with the pod.
-    let report = audit(&cluster.srcip, &cluster.manifests(), || {
-        for _ in 0..3 {
-            assert_eq!(cluster.ask(1), cluster.client.address(Family::V4));
-        }
-    });
-    assert_clean(&report, &cluster.pod, "local-policy");
-}
-
-/// Flags instead of manifests.
-#[test]
-fn snat_by_kube_proxy_with_flags() {
-    let cluster = Cluster::new();
-    let node_address = cluster.nodes[0].address(Family::V4);
-    let traffic = || assert_eq!(cluster.ask(0), node_address);
-    let options = format!("--node-address {node_address} --service web/httpbin");
-    let finding = only_finding(&audit(&cluster.srcip, &options, traffic), &cluster.pod);
-    assert_eq!(
-        (finding["cause"].as_str(), finding["node"].as_str()),
-        (Some("snat"), Some(&*node_address.to_string()))
-    );
-    assert!(commands(&finding)[0].starts_with("kubectl -n web patch service httpbin "));
-    let options = format!("--node-address {node_address} --service web/httpbin:Local");
-    let finding = only_finding(&audit(&cluster.srcip, &options, traffic), &cluster.pod);
-    assert_eq!(finding["cause"], "node-itself");
-}
-
-/// Without the pod's manifest, any of the Services may be the one.
-#[test]
-fn snat_to_a_pod_that_is_not_in_the_manifests() {
-    let cluster = Cluster::new();
-    let node_address = cluster.nodes[0].address(Family::V4);
-    let nodes = cluster.nodes.iter().zip(["a", "b"]).map(|(host, name)| node_manifest(name, host));
-    let objects: Vec<_> = nodes.chain([cluster.service.clone()]).collect();
-    let options = manifests(&cluster.world, &objects);
-    let report = audit(&cluster.srcip, &options, || assert_eq!(cluster.ask(0), node_address));
-    let finding = only_finding(&report, &cluster.pod);
-    assert_eq!(finding["cause"], "snat", "{finding:#}");
-    assert!(commands(&finding)[0].starts_with("kubectl -n web patch service httpbin "));
-    assert!(finding["steps"].to_string().contains("may be any of these"), "{finding:#}");
-}
-
-/// RFC 7386, as much as a patch of ours needs.
-fn merge(target: &mut Value, patch: &Value) {
-    let Some(fields) = patch.as_object() else {
-        *target = patch.clone();
-        return;
-    };
-    for (name, value) in fields {
-        merge(&mut target[name], value);
-    }
-}
-
 /// Nothing in between.
 #[test]
 fn preserved_by_direct_routing() {
@@ -377,13 +236,9 @@ fn preserved_by_direct_routing() {
 fn preserved_by_tproxy() {
     let mut scenario = Scenario::empty(Engine::SkLookup);
     scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
-    let proxy = Proxy::start_with(&scenario.pod, Kind::Envoy, |config| {
-        config.replace("original_src.v3.OriginalSrc\n", "original_src.v3.OriginalSrc\n        mark: 1337\n")
-    });
+    let proxy = Proxy::start_with(&scenario.pod, Kind::Envoy, with_istios_mark);
     scenario.proxy = Some(proxy.unwrap());
-    scenario.pod.feed("iptables-restore", ISTIO_TPROXY).unwrap();
-    scenario.pod.ip("rule add fwmark 1337 lookup 133").unwrap();
-    scenario.pod.ip("route add local default dev lo table 133").unwrap();
+    install_istio_tproxy(&scenario.pod).unwrap();
     let report = audit(&scenario.srcip, "", || ask_several(&scenario, Family::V4));
     assert_clean(&report, &scenario.pod, "tproxy");
     assert_eq!(workload(&report, &scenario.pod)["interception"]["mode"], "tproxy");
@@ -504,28 +359,4 @@ fn explain_draws_where_it_is_lost() {
     assert!(text.contains("srcip steers to the proxy"), "{text}");
     assert!(text.contains(&format!("sees {} at {to}", seen.peer)), "{text}");
     assert!(!text.contains("is lost here") && text.contains("nothing needs doing"), "{text}");
-}
-
-/// The node in between, and what was asked for by the Service's node port.
-#[test]
-fn explain_draws_the_node_in_between() {
-    let cluster = Cluster::new();
-    let client = cluster.client.address(Family::V4);
-    let node = cluster.nodes[0].address(Family::V4);
-    let cgroup = cluster.world.cgroup().display();
-    let manifests = cluster.manifests();
-    let to = SocketAddr::new(node, 30080);
-    let mut connection = client::connect(&cluster.client, to).unwrap();
-    client::ask(&mut connection).unwrap();
-    let options = format!("--cgroup {cgroup} --wait 2s {manifests}");
-    let text = cluster.srcip.run(&format!("explain --from {client} --to {to} {options}")).unwrap();
-    assert!(text.contains("node a"), "{text}");
-    assert!(text.contains(&client.to_string()), "{text}");
-    assert!(text.contains(&format!("sees {node}:")), "{text}");
-    assert_eq!(text.matches("is lost here").count(), 1, "{text}");
-    assert!(text.contains("kubectl -n web patch service httpbin"), "{text}");
-    // Nobody connects to that port.
-    let output = cluster.srcip.output(&format!("explain --to {node}:30081 {options}")).unwrap();
-    assert!(!output.status.success());
-    assert!(String::from_utf8_lossy(&output.stderr).contains("no connection of a pod fits"));
 }

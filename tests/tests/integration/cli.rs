@@ -216,6 +216,28 @@ fn pins_that_are_no_bpffs() {
     assert!(!wrong.exists());
 }
 
+/// A container has a root of cgroups of its own; hooks belong on the host's, where that is mounted.
+#[test]
+fn the_hosts_cgroups_from_a_container() {
+    let scenario = Scenario::empty(Engine::SkLookup);
+    let root = srcip_user::dataplane::hooks::cgroup_root().unwrap();
+    // In a cgroup namespace of its own, with that namespace's root mounted as well, before the host's.
+    let script = format!(
+        "mkdir -p {0}/own && mount -t cgroup2 none {0}/own && mkdir -p {0}/host && \
+         mount --bind {1} {0}/host && umount -l {1} && {2} doctor -o json",
+        scenario.world.directory().display(),
+        root.display(),
+        binary("srcip").display()
+    );
+    let mut command = scenario.pod.command("unshare").unwrap();
+    let output = command.args(["--mount", "--cgroup", "sh", "-c", &script]).output().unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    let host = scenario.world.directory().join("host").display().to_string();
+    let checks = report["checks"].as_array().unwrap();
+    let check = checks.iter().find(|check| check["name"] == "cgroup v2").unwrap();
+    assert_eq!(check["found"], host, "{report}");
+}
+
 /// Where the default bpffs is not mounted, attach mounts it.
 #[test]
 fn a_bpffs_that_is_not_mounted() {
@@ -404,7 +426,7 @@ fn doctor_names_the_cures() {
     assert!(check(&report, "auto picks")["found"].as_str().unwrap().starts_with("sk-lookup"));
 
     // Findings in the pod: rules on the mark, routes in the table, interception, lo down.
-    scenario.pod.ip("rule add fwmark 1337 lookup 133").unwrap();
+    scenario.pod.ip("rule add fwmark 1337 lookup 100").unwrap();
     scenario.pod.ip("route add 192.0.2.0/24 dev eth0 table 133").unwrap();
     scenario
         .pod

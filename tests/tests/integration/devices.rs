@@ -8,7 +8,7 @@ use srcip_tests::{
     host::Host,
     peer,
     process::run,
-    proxy::{Kind, Proxy},
+    proxy::{Kind, Proxy, with_istios_mark},
 };
 
 use crate::scenario::{Engine, Scenario};
@@ -116,9 +116,7 @@ fn auto_explains_its_choice() {
 fn tc_without_hooks() {
     let mut scenario = Scenario::empty(Engine::Tc);
     scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
-    let proxy = Proxy::start_with(&scenario.pod, Kind::Envoy, |config| {
-        config.replace("original_src.v3.OriginalSrc\n", "original_src.v3.OriginalSrc\n        mark: 1337\n")
-    });
+    let proxy = Proxy::start_with(&scenario.pod, Kind::Envoy, with_istios_mark);
     scenario.proxy = Some(proxy.unwrap());
     scenario.attach("--cgroup none");
     Family::BOTH.into_iter().for_each(|family| scenario.assert_kept(family));

@@ -4,10 +4,10 @@
 use srcip_tests::{
     Family, client,
     host::Host,
-    mesh::ISTIO_TPROXY,
+    mesh::install_istio_tproxy,
     peer::{self, Clients, Opened},
     process::Process,
-    proxy::{Kind, Proxy},
+    proxy::{Kind, Proxy, with_istios_mark},
 };
 
 use crate::scenario::{Engine, PORT, Scenario};
@@ -15,11 +15,11 @@ use crate::scenario::{Engine, PORT, Scenario};
 crate::engines!(a_client_uses_every_port, twenty_thousand_of_one_client, a_port_of_srcips_own_range);
 
 /// The system's ephemeral ports.
-const EPHEMERAL: std::ops::RangeInclusive<u16> = 32768..=60999;
+pub const EPHEMERAL: std::ops::RangeInclusive<u16> = 32768..=60999;
 /// Ports that are neither ephemeral nor srcip's.
-const ASIDE: u16 = 2000;
+pub const ASIDE: u16 = 2000;
 
-fn assert_all(opened: &Opened, count: usize) {
+pub fn assert_all(opened: &Opened, count: usize) {
     assert_eq!(opened.errors.iter().take(5).collect::<Vec<_>>(), [&""; 0]);
     assert_eq!(opened.good, count);
 }
@@ -41,7 +41,10 @@ fn a_client_uses_every_port(engine: Engine) {
         assert_all(&held.check().unwrap(), 500);
         held.close().unwrap();
     }
-    assert_eq!(scenario.counter("client_port_in_upstream_range"), 0);
+    // Each made one connection to the application: none of those was taken for a client's and led to the proxy once
+    // more. `client_port_in_upstream_range` cannot tell: a last acknowledgement that is repeated finds nobody, is
+    // looked up as a SYN would be, and counts.
+    assert_eq!(scenario.counter("upstream"), 2 * (500 + EPHEMERAL.len() as u64));
     assert_eq!(scenario.counter("upstream_ports_exhausted"), 0);
 }
 
@@ -152,13 +155,8 @@ fn istios_tproxy_hangs_on_mirrored_ports() {
     let mut scenario = Scenario::empty(Engine::SkLookup);
     let pod = &scenario.pod;
     scenario.application = Some(peer::echo(pod, &["[::]:8000"]).unwrap());
-    let proxy = Proxy::start_with(pod, Kind::EnvoyTcp, |config| {
-        config.replace("original_src.v3.OriginalSrc\n", "original_src.v3.OriginalSrc\n        mark: 1337\n")
-    });
-    scenario.proxy = Some(proxy.unwrap());
-    pod.feed("iptables-restore", ISTIO_TPROXY).unwrap();
-    pod.ip("rule add fwmark 1337 lookup 133").unwrap();
-    pod.ip("route add local default dev lo table 133").unwrap();
+    scenario.proxy = Some(Proxy::start_with(pod, Kind::EnvoyTcp, with_istios_mark).unwrap());
+    install_istio_tproxy(pod).unwrap();
 
     let to = pod.socket(Family::V4, PORT);
     let from = scenario.client.address(Family::V4);
@@ -185,7 +183,7 @@ fn istios_tproxy_hangs_on_mirrored_ports() {
 }
 
 /// The ports that the application's ends have for peers and that the client did not come from.
-fn mirrored_ports(pod: &Host, client: std::net::IpAddr) -> Vec<u16> {
+pub fn mirrored_ports(pod: &Host, client: std::net::IpAddr) -> Vec<u16> {
     let sockets = pod.tcp_sockets().unwrap();
     sockets
         .iter()

@@ -11,8 +11,12 @@ use anyhow::{Context as _, Result, bail};
 use crate::{root, shell};
 
 /// Packages that start a service when they are installed, and its name.
-const SERVICES: [(&str, &str); 3] =
-    [("haproxy", "haproxy"), ("nginx-light", "nginx"), ("prometheus", "prometheus")];
+const SERVICES: [(&str, &str); 4] = [
+    ("containerd", "containerd"),
+    ("haproxy", "haproxy"),
+    ("nginx-light", "nginx"),
+    ("prometheus", "prometheus"),
+];
 
 /// A package to install, and the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]

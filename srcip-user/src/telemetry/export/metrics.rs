@@ -2,10 +2,11 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
+use hyper::StatusCode;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
@@ -19,7 +20,11 @@ use super::{
         workload::Workloads,
     },
     labels::WorkloadLabels,
-    node::{Node, NodeCollector},
+    node::Node,
+};
+use crate::{
+    dataplane::Dataplane,
+    http::{Answer, Question},
 };
 
 /// Buckets for payload, both ways together, in bytes.
@@ -41,6 +46,11 @@ const RTT: [f64; 14] =
     [50e-6, 100e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3, 100e-3, 250e-3, 500e-3, 1.];
 /// Buckets for how long connections last, from a single request to a day's session, in seconds.
 const DURATION: [f64; 12] = [1e-3, 10e-3, 0.1, 0.5, 1., 5., 15., 60., 300., 1800., 7200., 86_400.];
+
+/// Where metrics are.
+pub(crate) const PATH: &str = "/metrics";
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The most series there can be for so many workloads with series of their own.
 pub const fn max_series(workloads: usize) -> usize {
@@ -129,7 +139,7 @@ pub struct Metrics {
     #[cfg(feature = "otlp")]
     otlp: Family<OfResult, Counter>,
     /// What is attached, and the maps; see [`super::node`].
-    pub(super) node: Arc<RwLock<Node>>,
+    pub(super) node: Node,
 }
 
 #[cfg(feature = "otlp")]
@@ -142,7 +152,7 @@ impl Metrics {
     /// Nothing counted yet; at most `max_workloads` workloads get series of their own.
     pub fn new(max_workloads: usize) -> Self {
         let labels = Arc::new(Mutex::new(WorkloadLabels::new(max_workloads)));
-        let node = Arc::new(RwLock::new(Node::default()));
+        let node = Node::new(Arc::clone(&labels));
         let accounting = Arc::new(Mutex::new(Accounting::default()));
         let histogram = |buckets: fn() -> Histogram| Histograms::new_with_constructor(buckets);
         let mut metrics = Self {
@@ -237,10 +247,7 @@ impl Metrics {
             self.otlp.clone(),
         );
         registry.register_collector(Box::new(EventCollector(Arc::clone(&self.accounting))));
-        registry.register_collector(Box::new(NodeCollector {
-            node: Arc::clone(&self.node),
-            labels: Arc::clone(&self.labels),
-        }));
+        registry.register_collector(Box::new(self.node.clone()));
     }
 
     /// Takes a record in. Openings are not counted here: what a connection was is known at its end.
@@ -324,10 +331,36 @@ impl Metrics {
 
     /// All of it as text: OpenMetrics, or what Prometheus had before.
     pub fn encode(&self, open_metrics: bool) -> Result<String, fmt::Error> {
-        let mut page = String::with_capacity(16 * 1024);
-        text::encode(&mut page, &self.registry)?;
-        Ok(if open_metrics { page } else { classic(&page) })
+        encode(&self.registry, open_metrics)
     }
+
+    /// Answers a scrape.
+    pub async fn page(self: Arc<Self>, question: Question, dataplane: Dataplane) -> Answer {
+        if question.path != PATH {
+            return not_here();
+        }
+        self.node.refresh(&dataplane).await;
+        page(&self.registry, question.open_metrics)
+    }
+}
+
+/// What to say of other paths.
+pub(crate) fn not_here() -> Answer {
+    Answer::text(StatusCode::NOT_FOUND, "the metrics are at /metrics\n")
+}
+
+/// Everything of a registry, in the format that was asked for.
+pub(crate) fn page(registry: &Registry, open_metrics: bool) -> Answer {
+    match encode(registry, open_metrics) {
+        Ok(page) => Answer::page(if open_metrics { OPEN_METRICS } else { CLASSIC }, page),
+        Err(error) => Answer::text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+fn encode(registry: &Registry, open_metrics: bool) -> Result<String, fmt::Error> {
+    let mut page = String::with_capacity(16 * 1024);
+    text::encode(&mut page, registry)?;
+    Ok(if open_metrics { page } else { classic(&page) })
 }
 
 /// The events, as the kernel and the reader counted them.
@@ -388,7 +421,7 @@ fn classic(page: &str) -> String {
 }
 
 /// What is behind these locks is whole at any time.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

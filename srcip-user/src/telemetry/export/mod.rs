@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!               ┌──▶ access log ──▶ queue ──▶ file with rotation, or stdout
-//!  observer ────┼──▶ metrics ◀── http ◀── Prometheus
+//!  observer ────┼──▶ metrics ◀── Prometheus
 //!  (a thread)   └──▶ otlp ──▶ queue ──▶ collector
 //! ```
 //!
@@ -10,12 +10,11 @@
 //! dropped and counted.
 //!
 //! - [`access_log`]: a JSON object a line. [`rotate`]: the file it goes to. [`size`]: how its size is given.
-//! - [`metrics`]: what is counted. [`labels`]: bounds the number of series. [`node`]: what is read when
-//!   somebody scrapes. [`http`]: serves it.
+//! - [`metrics`]: what is counted, and its page. [`labels`]: bounds the number of series. [`node`]: what is
+//!   read when somebody scrapes.
 //! - `otlp`: OpenTelemetry, with the feature `otlp`.
 
 pub mod access_log;
-pub mod http;
 pub mod labels;
 pub mod metrics;
 pub mod node;

@@ -1,7 +1,7 @@
 //! What is read when somebody scrapes: attachments and their counters, and how full the maps are.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fmt,
     sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant},
@@ -9,21 +9,18 @@ use std::{
 
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _},
-    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
+    metrics::{MetricType, TypedMetric, counter::ConstCounter, gauge::ConstGauge},
 };
 use serde_json::Value;
 
-use super::{
-    labels::WorkloadLabels,
-    metrics::{Metrics, lock},
-};
+use super::{labels::WorkloadLabels, metrics::lock};
 use crate::dataplane::{
     Dataplane,
     error::{Result, chain},
     fill::{MAP_COUNT, MapFill},
     record::{EngineKind, State},
-    status::{AttachmentStatus, CounterStatus},
+    status::{CounterStatus, Glance},
 };
 
 /// How many maps are looked at.
@@ -68,22 +65,22 @@ struct Attached {
     counters: CounterStatus,
 }
 
-impl From<AttachmentStatus> for Attached {
-    fn from(status: AttachmentStatus) -> Self {
+impl From<Glance> for Attached {
+    fn from(Glance { record, listeners, problems, counters }: Glance) -> Self {
         Self {
-            name: status.record.name,
-            engine: status.record.engine,
-            state: status.record.state,
-            listeners: status.listeners.len() as u64,
-            problems: status.problems.len() as u64,
-            counters: status.counters,
+            name: record.name,
+            engine: record.engine,
+            state: record.state,
+            listeners: listeners as u64,
+            problems: problems as u64,
+            counters,
         }
     }
 }
 
 /// What was read last.
 #[derive(Debug, Default)]
-pub struct Node {
+struct Last {
     attachments: Vec<Attached>,
     maps: Vec<MapFill>,
     read: Option<Instant>,
@@ -91,45 +88,63 @@ pub struct Node {
     errors: u64,
 }
 
+/// What is attached, read when somebody asks.
+#[derive(Clone, Debug)]
+pub struct Node {
+    last: Arc<RwLock<Last>>,
+    labels: Arc<Mutex<WorkloadLabels>>,
+}
+
 #[cfg(test)]
 impl Node {
     /// One of everything.
-    pub(super) fn fill_for_test(&mut self) {
-        self.read = Some(Instant::now());
+    pub(crate) fn fill_for_test(&self) {
+        let mut last = self.last.write().unwrap();
+        last.read = Some(Instant::now());
         let counters = srcip_common::counters::Counters::default().into();
         let (engine, state) = (EngineKind::SkLookup, State::Attached);
         let name = "attached".to_owned();
-        self.attachments = vec![Attached { name, engine, state, listeners: 2, problems: 0, counters }];
-        self.maps = crate::dataplane::fill::for_test();
+        last.attachments = vec![Attached { name, engine, state, listeners: 2, problems: 0, counters }];
+        last.maps = crate::dataplane::fill::for_test();
     }
 }
 
-impl Metrics {
+impl Node {
+    /// Nothing read yet.
+    pub fn new(labels: Arc<Mutex<WorkloadLabels>>) -> Self {
+        Self { last: Arc::default(), labels }
+    }
+
     /// Reads what is attached if it has not been read for a while, and waits for it, not for long.
-    pub async fn refresh_node(self: &Arc<Self>, dataplane: &Dataplane) {
+    pub async fn refresh(&self, dataplane: &Dataplane) {
         {
-            let mut node = self.node.write().unwrap_or_else(PoisonError::into_inner);
+            let mut node = self.last.write().unwrap_or_else(PoisonError::into_inner);
             let fresh = node.read.is_some_and(|read| read.elapsed() < MAX_AGE);
             if fresh || node.reading {
                 return;
             }
             node.reading = true;
         }
-        let (metrics, dataplane) = (Arc::clone(self), dataplane.clone());
-        let reading = tokio::task::spawn_blocking(move || metrics.read_node(&dataplane));
+        let (node, dataplane) = (self.clone(), dataplane.clone());
+        let reading = tokio::task::spawn_blocking(move || node.read(&dataplane));
         // What takes longer goes on, and is there for the next scrape.
         let _ = tokio::time::timeout(PATIENCE, reading).await;
     }
 
-    fn read_node(&self, dataplane: &Dataplane) {
+    /// Forgets the labels of what has not been attached for long. For who has labels of attachments alone.
+    pub fn retire(&self) {
+        let last = self.last.read().unwrap_or_else(PoisonError::into_inner);
+        let names: HashSet<_> = last.attachments.iter().map(|attached| attached.name.as_str()).collect();
+        lock(&self.labels).retire(|name| names.contains(name), Instant::now());
+    }
+
+    fn read(&self, dataplane: &Dataplane) {
         // Even if one of them cannot be read, the other is shown.
-        let (status, maps) = (dataplane.status(), dataplane.map_fill());
-        let mut node = self.node.write().unwrap_or_else(PoisonError::into_inner);
+        let (seen, maps) = (dataplane.glance(), dataplane.map_fill());
+        let mut node = self.last.write().unwrap_or_else(PoisonError::into_inner);
         node.reading = false;
-        let status = status.map(|status| {
-            node.attachments = status.attachments.into_iter().map(Attached::from).collect();
-        });
-        match status.and(maps) {
+        let seen = seen.map(|seen| node.attachments = seen.into_iter().map(Attached::from).collect());
+        match seen.and(maps) {
             Ok(maps) => (node.maps, node.read) = (maps, Some(Instant::now())),
             Err(error) => {
                 if node.errors == 0 {
@@ -162,15 +177,9 @@ struct OfMap {
 }
 
 /// Encodes what was read last.
-#[derive(Debug)]
-pub(super) struct NodeCollector {
-    pub(super) node: Arc<RwLock<Node>>,
-    pub(super) labels: Arc<Mutex<WorkloadLabels>>,
-}
-
-impl Collector for NodeCollector {
+impl Collector for Node {
     fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
-        let node = self.node.read().unwrap_or_else(PoisonError::into_inner);
+        let node = self.last.read().unwrap_or_else(PoisonError::into_inner);
         // Several workloads may share the label for those beyond the bound.
         let mut infos = BTreeMap::new();
         let mut listeners: BTreeMap<OfWorkload, u64> = BTreeMap::new();
@@ -238,21 +247,13 @@ fn name(state: &impl serde::Serialize) -> String {
 }
 
 /// Encodes a family of counters; nothing if it has no series.
-pub(super) fn counters<L: EncodeLabelSet>(
+pub(crate) fn counters<L: EncodeLabelSet>(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,
     values: impl IntoIterator<Item = (L, u64)>,
 ) -> Result<(), fmt::Error> {
-    let mut values = values.into_iter().peekable();
-    if values.peek().is_none() {
-        return Ok(());
-    }
-    let mut family = encoder.encode_descriptor(name, &format!("{help}."), None, MetricType::Counter)?;
-    for (labels, value) in values {
-        ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
-    }
-    Ok(())
+    family(encoder, name, help, values.into_iter().map(|(labels, value)| (labels, ConstCounter::new(value))))
 }
 
 /// Encodes a family of gauges; nothing if it has no series.
@@ -262,13 +263,23 @@ fn gauges<L: EncodeLabelSet>(
     help: &str,
     values: impl IntoIterator<Item = (L, u64)>,
 ) -> Result<(), fmt::Error> {
-    let mut values = values.into_iter().peekable();
+    let gauge = |value| ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+    family(encoder, name, help, values.into_iter().map(|(labels, value)| (labels, gauge(value))))
+}
+
+fn family<L: EncodeLabelSet, M: EncodeMetric + TypedMetric>(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    values: impl Iterator<Item = (L, M)>,
+) -> Result<(), fmt::Error> {
+    let mut values = values.peekable();
     if values.peek().is_none() {
         return Ok(());
     }
-    let mut family = encoder.encode_descriptor(name, &format!("{help}."), None, MetricType::Gauge)?;
-    for (labels, value) in values {
-        ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(family.encode_family(&labels)?)?;
+    let mut family = encoder.encode_descriptor(name, &format!("{help}."), None, M::TYPE)?;
+    for (labels, metric) in values {
+        metric.encode(family.encode_family(&labels)?)?;
     }
     Ok(())
 }

@@ -5,12 +5,15 @@
 //! - [`sidecar`]: Envoy, or HAProxy where there is none.
 //! - [`before_after`]: the two set-ups.
 //! - [`views`]: what the three say of one connection.
-//! - [`table`]: both set-ups side by side, and whether they show what they should.
+//! - [`comparison`]: both set-ups side by side. [`table`]: how that looks, and whether it is as it should be.
 //! - [`watch`]: goes on sending traffic.
+//! - [`north_south`]: the same for traffic from outside a cluster, with kube-proxy's rules in place of a mesh.
 //! - [`signals`], [`screen`]: the terminal's two directions.
 
 mod before_after;
+mod comparison;
 mod hosts;
+mod north_south;
 mod screen;
 mod sidecar;
 mod signals;
@@ -31,9 +34,9 @@ use crate::{
     signals::{Interrupted, Signals},
 };
 
-/// Shows what srcip does: a client, a pod and its sidecar, before and after.
+/// Shows what srcip does: a client, a pod and its sidecar, or a whole cluster, before and after.
 ///
-/// The hosts are network namespaces of this machine, the sidecar is a real one. When the demonstration
+/// The hosts are network namespaces of this machine, the proxies are real ones. When the demonstration
 /// ends, for whatever reason, it removes all of them.
 #[derive(Debug, Parser)]
 #[command(name = "srcip-demo", version)]
@@ -42,8 +45,12 @@ struct Arguments {
     #[arg(long)]
     once: bool,
     /// The sidecar.
-    #[arg(long, value_enum, default_value = "auto")]
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "north_south")]
     proxy: Choice,
+    /// Show traffic that enters a cluster: three nodes, an ingress gateway, kube-proxy's rules before and srcip
+    /// beside them after.
+    #[arg(long)]
+    north_south: bool,
 }
 
 /// What the steps of the demonstration work with.
@@ -74,16 +81,20 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments, screen: Screen) -> Result<()> {
-    let sidecar = Sidecar::choose(arguments.proxy)?;
+    let choice = if arguments.north_south { Choice::Envoy } else { arguments.proxy };
+    let sidecar = Sidecar::choose(choice)?;
     let blocked = signals::block()?;
     screen.progress(format_args!("creating the hosts"));
     let world = World::new()?;
     let signals = Signals::watch(blocked, world.cgroup());
-    let hosts = Hosts::create(world);
-    let mut result = hosts.and_then(|hosts| {
-        let stage = Stage { hosts: &hosts, sidecar, screen, signals: &signals };
-        demonstrate(&stage, arguments)
-    });
+    let mut result = if arguments.north_south {
+        north_south::demonstrate(world, screen, &signals, arguments.once)
+    } else {
+        Hosts::create(world).and_then(|hosts| {
+            let stage = Stage { hosts: &hosts, sidecar, screen, signals: &signals };
+            demonstrate(&stage, arguments)
+        })
+    };
     if result.is_err()
         && let Some(signal) = signals.received()
     {
@@ -102,8 +113,8 @@ fn demonstrate(stage: &Stage<'_>, arguments: &Arguments) -> Result<()> {
     stage.signals.check()?;
     let (after, _proxy) = before_after::after(stage)?;
     stage.signals.check()?;
-    table::print(stage, &before, &after)?;
-    let verdict = table::verdict(&before, &after);
+    comparison::print(stage, &before, &after)?;
+    let verdict = comparison::verdict(&before, &after);
     if arguments.once {
         return verdict;
     }

@@ -110,8 +110,8 @@ fn access_log_of(stage: &Stage<'_>, proxy: &Proxy, client: SocketAddr) -> Result
     bail!("no line for the connection from {client} in the access log of {}", stage.sidecar.name())
 }
 
-/// `10.0.0.1:80`, `[fd00::1]:80`, `[::ffff:10.0.0.1]:80`, and HAProxy's `fd00::1:80`.
-fn parse_address(text: &str) -> Result<SocketAddr> {
+/// An address and a port: `10.0.0.1:80`, `[fd00::1]:80`, `[::ffff:10.0.0.1]:80`, and HAProxy's `fd00::1:80`.
+pub fn parse_address(text: &str) -> Result<SocketAddr> {
     let (ip, port) = text.rsplit_once(':').with_context(|| format!("no port in {text:?}"))?;
     let ip: IpAddr = ip.trim_matches(['[', ']']).parse().with_context(|| text.to_owned())?;
     Ok(SocketAddr::new(ip.to_canonical(), port.parse().with_context(|| text.to_owned())?))

@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, path::Path};
 
 use super::{super::labels::OTHER, *};
 use crate::{
+    agent::metrics::AgentMetrics,
     netns::NetnsCookie,
     telemetry::record::{ClosedBy, Timestamp, Totals},
 };
@@ -46,7 +47,7 @@ fn all() -> Metrics {
     for leg in Leg::ALL {
         metrics.record(&closed("pod", leg, Some(true)));
     }
-    metrics.node.write().unwrap().fill_for_test();
+    metrics.node.fill_for_test();
     metrics
 }
 
@@ -91,7 +92,7 @@ fn names_of_pods_cannot_break_out_of_their_label() {
 fn series_are_bounded() {
     for max in [0, 1, 20] {
         let metrics = Metrics::new(max);
-        metrics.node.write().unwrap().fill_for_test();
+        metrics.node.fill_for_test();
         for number in 0..10 * (max + 1) {
             for leg in Leg::ALL {
                 for preserved in [Some(true), Some(false), None] {
@@ -141,8 +142,12 @@ fn both_formats_name_families_as_they_want_it() {
 
 /// Every metric by the names of its series.
 fn names(metrics: &Metrics) -> BTreeSet<String> {
-    let page = metrics.encode(false).unwrap();
-    series(&page).iter().map(|line| line[..line.find(['{', ' ']).unwrap()].to_owned()).collect()
+    names_on(&metrics.encode(false).unwrap())
+}
+
+/// The same for a page.
+fn names_on(page: &str) -> BTreeSet<String> {
+    series(page).iter().map(|line| line[..line.find(['{', ' ']).unwrap()].to_owned()).collect()
 }
 
 /// The words in a text that look like our metrics.
@@ -156,15 +161,19 @@ fn dashboard_rules_and_documentation_use_metrics_that_exist() {
     let mut there = names(&all());
     // Documented for those who build with OpenTelemetry.
     there.insert("srcip_otlp_records_total".to_owned());
+    let by_agent = names_on(&AgentMetrics::full_page_for_test());
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
     for file in ["deploy/grafana/srcip.json", "deploy/prometheus/rules.yaml", "docs/TELEMETRY.md"] {
         let used = used(&read(file));
         assert!(used.len() > 5, "{file}: {used:?}");
         // The documentation names histograms, not their series.
-        let exists = |name: &str| there.contains(name) || there.contains(&format!("{name}_count"));
+        let exists = |name: &str| {
+            let histogram = format!("{name}_count");
+            [&there, &by_agent].iter().any(|names| names.contains(name) || names.contains(&histogram))
+        };
         let unknown: Vec<_> = used.iter().filter(|name| !exists(name)).collect();
-        assert!(unknown.is_empty(), "{file} has metrics that the exporter has not: {unknown:?}");
+        assert!(unknown.is_empty(), "{file} has metrics that nobody has: {unknown:?}");
     }
     // And the documentation has all of them.
     let documented = used(&read("docs/TELEMETRY.md"));

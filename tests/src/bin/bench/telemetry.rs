@@ -1,12 +1,8 @@
 //! What telemetry costs: new connections per second with it on, divided by those with it off.
-//!
-//! Both are measured in turn, many times, on hosts made of network namespaces, and each pair gives one
-//! ratio: whatever else the machine is doing, it does to both.
 
 use std::{
     collections::HashMap,
     io::Write as _,
-    process::ExitCode,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -16,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use clap::{Parser, ValueEnum};
+use clap::ValueEnum;
 use srcip_tests::{
     Family,
     host::Host,
@@ -34,32 +30,10 @@ use srcip_user::{
     },
 };
 
-/// Measures what telemetry costs, as a ratio of connection rates.
-#[derive(Debug, Parser)]
-#[command(name = "srcip-bench", version)]
-struct Arguments {
-    /// How many pairs.
-    #[arg(long, default_value_t = 20)]
-    rounds: usize,
-    /// How long each measurement takes.
-    #[arg(long, default_value_t = 1500)]
-    milliseconds: u64,
-    /// Connections at a time.
-    #[arg(long, default_value_t = 16)]
-    threads: usize,
-    /// What becomes of the records.
-    #[arg(long, value_enum, default_value = "count")]
-    records: Records,
-    /// Fail if a ratio is lower.
-    #[arg(long, value_name = "RATIO")]
-    at_least: Option<f64>,
-    /// The set-ups.
-    #[arg(long, value_enum, default_values = ["direct", "sidecar"])]
-    setup: Vec<Setup>,
-}
+use crate::{Arguments, quantile};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum Records {
+pub enum Records {
     /// They are joined and counted, as for metrics.
     Count,
     /// The same, and each connection's end is written as JSON, as for the access log.
@@ -78,21 +52,11 @@ enum Contestant {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum Setup {
+pub enum Setup {
     /// A client and an application: one end in the pod for each connection.
     Direct,
     /// With HAProxy as a sidecar, steered by srcip: three ends.
     Sidecar,
-}
-
-fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
 }
 
 /// Hosts for a measurement; dropped in this order.
@@ -135,7 +99,7 @@ impl Stage {
         let telemetry = on.then(|| Telemetry::start(self, arguments.records)).transpose()?;
         let to = self.pod.socket(Family::V4, APPLICATION_PORT);
         let time = Duration::from_millis(arguments.milliseconds);
-        let count = peer::hammer(&self.client, to, arguments.threads, time)?;
+        let count = peer::hammer(&self.client, to, arguments.threads, time)?.count;
         let accounting = telemetry.map(|telemetry| telemetry.stop()).transpose()?;
         Ok((count, accounting))
     }
@@ -200,8 +164,8 @@ impl Telemetry {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<()> {
-    ensure!(arguments.rounds > 0, "--rounds 0 measures nothing");
+/// Measures all set-ups.
+pub fn run(arguments: &Arguments) -> Result<()> {
     let mut too_slow = Vec::new();
     for &setup in &arguments.setup {
         measure_setup(arguments, setup, &mut too_slow)?;
@@ -256,9 +220,4 @@ fn measure_setup(arguments: &Arguments, setup: Setup, too_slow: &mut Vec<String>
     println!("{setup:<8} {events} events, {lost} lost");
     ensure!(lost == 0, "{lost} events were lost");
     Ok(())
-}
-
-fn quantile(values: &mut [f64], q: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[((values.len() - 1) as f64 * q).round() as usize]
 }

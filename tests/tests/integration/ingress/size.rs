@@ -1,0 +1,97 @@
+//! Packets that are too large for a link beyond the node: path MTU discovery works through the translation, also where
+//! the endpoint is on another node than the one that the router tells.
+
+use std::{
+    io::{Read as _, Write as _},
+    time::Duration,
+};
+
+use serde_json::Value;
+use srcip_tests::{
+    Family,
+    cluster::{Cluster, agent::Agents, balancer, node::PodNetwork, service::Service},
+    options::never_fragment,
+    peer::{self, APPLICATION_PORT},
+};
+
+use super::{changes::Conversation, packets::udp};
+
+/// More than any buffers hold.
+const SIZE: usize = 1 << 20;
+
+#[test]
+fn a_narrow_link_beyond_the_router_is_found_out() {
+    for options in ["", "--return-path tunnel", "--tc-hook clsact"] {
+        let mut cluster = Cluster::new(PodNetwork::PointToPoint).unwrap();
+        let pod = cluster.pod(1, "echo").unwrap();
+        let _application = peer::echo(&pod, &["[::]:8000"]).unwrap();
+        let service = Service::new("web").endpoint(1, &pod, APPLICATION_PORT);
+        let _agents = Agents::start(&cluster, &[&service], options).unwrap();
+        // The client still says that it takes 1500 octets, and the router can only hand on 1300.
+        cluster.router().ip("link set ext0 mtu 1300").unwrap();
+        for family in Family::BOTH {
+            for node in [1, 2] {
+                balancer::route(&cluster, &[node]).unwrap();
+                let mut conversation = Conversation::open(&cluster, &service, family);
+                let data = vec![7; SIZE];
+                let mut other = conversation.stream.try_clone().unwrap();
+                std::thread::scope(|scope| {
+                    scope.spawn(|| other.write_all(&data).unwrap());
+                    let mut got = vec![0; SIZE];
+                    conversation.stream.read_exact(&mut got).unwrap_or_else(|error| {
+                        panic!("{options:?} {family:?} by node {node}: {error}");
+                    });
+                    assert!(got == data);
+                });
+                // What was learned holds for the client, however it comes.
+                pod.ip("route flush cache").unwrap();
+                pod.ip("-6 route flush cache").unwrap();
+            }
+        }
+        let status = Agents::srcip(&cluster, 1).run("status -o json").unwrap();
+        let status: Value = serde_json::from_str(&status).unwrap();
+        let counters = &status["north_south"]["counters"];
+        assert!(counters["icmp_translated"].as_u64().unwrap() >= 4, "{options:?}: {counters}");
+    }
+}
+
+/// Of a datagram the application is told itself.
+#[test]
+fn who_answers_with_more_than_a_narrow_link_takes_is_told() {
+    for options in ["", "--return-path tunnel"] {
+        let mut cluster = Cluster::new(PodNetwork::PointToPoint).unwrap();
+        let pod = cluster.pod(1, "app").unwrap();
+        let service = Service::new("udp").udp().endpoint(1, &pod, APPLICATION_PORT);
+        let _agents = Agents::start(&cluster, &[&service], options).unwrap();
+        cluster.router().ip("link set ext0 mtu 1300").unwrap();
+        for family in Family::BOTH {
+            let application = udp(&pod, family, APPLICATION_PORT);
+            never_fragment(&application, family).unwrap();
+            for node in [1, 2] {
+                balancer::route(&cluster, &[node]).unwrap();
+                let client = udp(&cluster.client, family, 0);
+                client.connect(service.dialled(family)).unwrap();
+                client.send(b"how much?").unwrap();
+                let mut buffer = [0; 2000];
+                let (_, caller) = application.recv_from(&mut buffer).unwrap();
+                assert_eq!(caller, client.local_addr().unwrap());
+                // The error comes back a moment later; the kernel remembers it for this destination.
+                let refused = (0..200).any(|_| {
+                    let sent = application.send_to(&[7; 1400], caller);
+                    std::thread::sleep(Duration::from_millis(5));
+                    sent.is_err_and(|error| error.raw_os_error() == Some(libc::EMSGSIZE))
+                });
+                assert!(refused, "{options:?} {family:?} by node {node}: the application was not told");
+                // Errors about what was sent meanwhile may still be waiting.
+                let sent = (0..200).any(|_| {
+                    std::thread::sleep(Duration::from_millis(5));
+                    application.send_to(&[8; 1200], caller).is_ok()
+                });
+                assert!(sent, "{options:?} {family:?} by node {node}: less does not fit either");
+                assert_eq!((client.recv(&mut buffer).unwrap(), buffer[0]), (1200, 8));
+                pod.ip("route flush cache").unwrap();
+                pod.ip("-6 route flush cache").unwrap();
+            }
+        }
+    }
+}
