@@ -8,6 +8,7 @@ pub mod lookup;
 pub mod packet;
 
 use crate::address::Address;
+use packet::{Datagram, Family};
 
 /// Layout of the pinned maps; see [`crate::LAYOUT_VERSION`].
 pub const LAYOUT_VERSION: u32 = 1;
@@ -196,6 +197,48 @@ impl Flow {
             && self.flags & CLOSING == 0
             && now.wrapping_sub(self.seen_ns) <= GIVES_WAY_NS
     }
+}
+
+/// A datagram that is on its way in fragments.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FragmentKey {
+    /// Who sent it.
+    pub source: Address,
+    /// Whom it is for.
+    pub destination: Address,
+    /// Its identification.
+    pub id: u32,
+    /// IP protocol. With IPv6 0: a later fragment need not say the same as the first one (RFC 8200, 4.5).
+    pub protocol: u8,
+    padding: [u8; 3],
+}
+
+impl FragmentKey {
+    /// The datagram that this fragment is of.
+    #[inline]
+    pub const fn of(fragment: &Datagram) -> Self {
+        let protocol = match fragment.family {
+            Family::V4 => fragment.protocol,
+            Family::V6 => 0,
+        };
+        let Datagram { source, destination, fragment_id: id, .. } = *fragment;
+        Self { source, destination, id, protocol, padding: [0; 3] }
+    }
+}
+
+/// What the first fragment of a datagram says, and the later ones do not.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fragments {
+    /// Host byte order.
+    pub source_port: u16,
+    /// Host byte order.
+    pub destination_port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: [u8; 3],
 }
 
 /// A client of a service with affinity.

@@ -33,6 +33,12 @@ pub mod tcp_flag {
     pub const ACK: u8 = 1 << 4;
 }
 
+/// The fragment header of IPv6.
+const FRAGMENT: u8 = 44;
+/// "More fragments" in the word that has the offset.
+const MORE_V4: u16 = 0x2000;
+const MORE_V6: u16 = 1;
+
 /// More extension headers than any real packet has; a bound that the verifier can count.
 const MAX_EXTENSIONS: usize = 6;
 
@@ -84,6 +90,10 @@ pub struct Datagram {
     pub hop_limit: u8,
     /// Only part of a datagram.
     pub is_fragment: bool,
+    /// Where this part begins in it, in octets; 0 for the first one, which has the ports, and for a whole datagram.
+    pub fragment_offset: u16,
+    /// What the parts of a datagram have in common; of a whole one, it means nothing.
+    pub fragment_id: u32,
     /// Routers must not fragment it; always so with IPv6.
     pub dont_fragment: bool,
 }
@@ -131,13 +141,13 @@ fn read_v4<P: Packet + ?Sized>(packet: &P, extent: Extent, datagram: &mut Datagr
         return None;
     }
     let fragment = u16::from_be_bytes(header.frags);
+    (datagram.is_fragment, datagram.fragment_offset) = part(fragment << 3, fragment & MORE_V4 != 0);
+    datagram.fragment_id = u16::from_be_bytes(header.id).into();
     datagram.source = Address::from_v4_be(u32::from_ne_bytes(header.src_addr));
     datagram.destination = Address::from_v4_be(u32::from_ne_bytes(header.dst_addr));
     datagram.payload = start + length;
     datagram.protocol = header.proto;
     datagram.hop_limit = header.ttl;
-    // An offset, or "more fragments".
-    datagram.is_fragment = fragment & 0x3fff != 0;
     datagram.dont_fragment = fragment & 0x4000 != 0;
     Some(())
 }
@@ -153,7 +163,7 @@ fn read_v6<P: Packet + ?Sized>(packet: &P, extent: Extent, datagram: &mut Datagr
     datagram.destination = Address::from_v6_be(words(packet.load(start + 24)?));
     datagram.hop_limit = hop_limit;
     datagram.dont_fragment = true;
-    datagram.is_fragment = false;
+    (datagram.is_fragment, datagram.fragment_offset) = (false, 0);
     let mut payload = start + Ipv6Hdr::LEN as u32;
     let length = u32::from(u16::from_be_bytes([high, low]));
     if extent == Extent::Whole && !reaches(packet, payload + length) {
@@ -161,15 +171,18 @@ fn read_v6<P: Packet + ?Sized>(packet: &P, extent: Extent, datagram: &mut Datagr
     }
     let mut protocol = next;
     for _ in 0..MAX_EXTENSIONS {
-        if !is_extension(protocol) || datagram.is_fragment {
+        // What follows the header of a later fragment is in the middle of something.
+        if !is_extension(protocol) || datagram.fragment_offset != 0 {
             break;
         }
         let [next, length, high, low]: [u8; 4] = packet.load(payload)?;
         payload += match protocol {
             51 => (u32::from(length) + 2) * 4,
-            44 => {
-                // An offset, or "more fragments". One without either is a whole datagram (RFC 6946).
-                datagram.is_fragment = u16::from_be_bytes([high, low]) & 0xfff9 != 0;
+            FRAGMENT if datagram.is_fragment => return None,
+            FRAGMENT => {
+                let word = u16::from_be_bytes([high, low]);
+                (datagram.is_fragment, datagram.fragment_offset) = part(word & !7, word & MORE_V6 != 0);
+                datagram.fragment_id = u32::from_be_bytes(packet.load(payload + 4)?);
                 8
             }
             _ => (u32::from(length) + 1) * 8,
@@ -177,13 +190,20 @@ fn read_v6<P: Packet + ?Sized>(packet: &P, extent: Extent, datagram: &mut Datagr
         protocol = next;
     }
     (datagram.payload, datagram.protocol) = (payload, protocol);
-    (datagram.is_fragment || !is_extension(protocol)).then_some(())
+    (datagram.fragment_offset != 0 || !is_extension(protocol)).then_some(())
+}
+
+/// Whether it is only part of a datagram, by its offset in octets and "more fragments", and the offset. A datagram
+/// that has a fragment header but neither is whole (RFC 6946).
+#[inline(always)]
+const fn part(offset: u16, more: bool) -> (bool, u16) {
+    (more || offset != 0, offset)
 }
 
 /// Hop-by-hop, routing, destination options; authentication; fragment.
 #[inline(always)]
 const fn is_extension(protocol: u8) -> bool {
-    matches!(protocol, 0 | 43 | 60 | 51 | 44)
+    matches!(protocol, 0 | 43 | 60 | 51 | FRAGMENT)
 }
 
 /// Whether the packet has `end` octets from its network header on.
@@ -223,7 +243,7 @@ impl Ports {
     }
 }
 
-/// Reads the ports of TCP and UDP, `None` if their header does not fit.
+/// Reads the ports of TCP and UDP, `None` if their header does not fit. Not of a later fragment, which has none.
 #[inline(always)]
 pub fn ports<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Option<Ports> {
     let flags = if datagram.protocol == TCP {
@@ -256,7 +276,7 @@ pub fn quoted<P: Packet + ?Sized>(packet: &P, datagram: &Datagram, inside: &mut 
     };
     if !is_error
         || !read(packet, datagram.payload + 8, datagram.family, Extent::Beginning, inside)
-        || inside.is_fragment
+        || inside.fragment_offset != 0
         || !matches!(inside.protocol, TCP | UDP)
     {
         return None;

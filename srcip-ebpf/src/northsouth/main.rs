@@ -15,7 +15,7 @@
 //! what they hand to each other is in [`work`].
 //!
 //! - [`request`]: client to endpoint. [`choose`]: which one. [`reply`]: endpoint to client.
-//! - [`tunnel`]: between nodes. [`icmp`]: errors of a flow. [`size`]: what does not fit.
+//! - [`fragments`]: what has no ports. [`tunnel`]: between nodes. [`icmp`]: errors of a flow. [`size`]: what does not fit.
 //! - [`rewrite`], [`send`], [`skb`]: the packet. [`maps`]: all maps.
 //!
 //! Minimum kernel: 5.14 by what is called here and by who attaches it (`bpf_redirect_neigh` is of 5.10, `bpf_check_mtu`
@@ -25,6 +25,7 @@
 #![no_main]
 
 mod choose;
+mod fragments;
 mod icmp;
 mod maps;
 mod reply;
@@ -47,7 +48,7 @@ use srcip_common::northsouth::{
     packet::{self, Datagram, Extent, ICMP, ICMPV6, TCP, UDP},
 };
 
-use crate::{skb::Skb, work::Header};
+use crate::{size::Sender, skb::Skb, work::Header};
 
 /// What becomes of a packet: one number, as functions in the kernel return it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -91,11 +92,11 @@ impl Verdict {
     }
 
     #[inline(always)]
-    fn conclude(self, skb: Skb, datagram: &Datagram) -> i32 {
+    fn conclude(self, skb: Skb, datagram: &Datagram, sender: Sender) -> i32 {
         if self.0 & Self::TOO_BIG == 0 || self == Self::PASS {
             return self.0;
         }
-        size::tell(skb, datagram, (self.0 & 0xffff) as u32).0
+        size::tell(skb, datagram, (self.0 & 0xffff) as u32, sender).0
     }
 }
 
@@ -125,7 +126,7 @@ pub fn srcip_uplink(ctx: TcContext) -> i32 {
         ICMP | ICMPV6 => icmp::from_outside(skb, work, datagram, &from),
         _ => Verdict::PASS,
     };
-    verdict.conclude(skb, datagram)
+    verdict.conclude(skb, datagram, Sender::Client)
 }
 
 /// Ingress of the host side of a pod's device: what the pod sends.
@@ -142,7 +143,7 @@ pub fn srcip_pod(ctx: TcContext) -> i32 {
         ICMP | ICMPV6 => icmp::from_pod(skb, work, datagram),
         _ => Verdict::PASS,
     };
-    verdict.conclude(skb, datagram)
+    verdict.conclude(skb, datagram, Sender::Pod)
 }
 
 /// Reads the packet's outermost IP header. [`Verdict::REDIRECT`] if it is one that can be looked at.
@@ -152,7 +153,7 @@ fn whole(skb: Skb, datagram: &mut Datagram) -> Verdict {
     if !packet::read(&skb, 0, family, Extent::Whole, datagram) {
         return Verdict::pass(Counter::Malformed);
     }
-    if datagram.is_fragment {
+    if !fragments::known(datagram) {
         return Verdict::pass(Counter::Fragment);
     }
     Verdict::REDIRECT

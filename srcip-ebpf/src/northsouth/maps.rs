@@ -9,8 +9,8 @@ use aya_ebpf::{
 use srcip_common::{
     address::Address,
     northsouth::{
-        Affinity, AffinityKey, Config, Endpoint, EndpointKey, Flow, FlowKey, Frontend, FrontendKey, OWN,
-        RangeKey, Service, ServiceId,
+        Affinity, AffinityKey, Config, Endpoint, EndpointKey, Flow, FlowKey, FragmentKey, Fragments, Frontend,
+        FrontendKey, OWN, RangeKey, Service, ServiceId,
         counter::{Counter, PARTS, ServiceCounter, ServiceCounters},
         packet::Family,
     },
@@ -54,6 +54,10 @@ pub static NS_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::pinned(524_288, 0);
 #[map]
 pub static NS_AFFINITY: LruHashMap<AffinityKey, Affinity> = LruHashMap::pinned(131_072, 0);
 
+/// Datagrams on their way in fragments. A datagram's fragments come one close upon the other.
+#[map]
+pub static NS_FRAGMENTS: LruHashMap<FragmentKey, Fragments> = LruHashMap::pinned(16_384, 0);
+
 #[map]
 static NS_COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(64, 0);
 
@@ -91,7 +95,7 @@ pub fn frontend(family: Family, address: Address, port: u16, protocol: u8) -> Op
     let look = |address| {
         let found = NS_FRONTENDS.get_ptr(FrontendKey::new(address, port, protocol))?;
         // SAFETY: verified: inside the map's value. Not preallocated, so it is freed only after an RCU grace
-        // period; programs run under RCU. The same goes for every map here but the two LRU ones.
+        // period; programs run under RCU. The same goes for every map here but the LRU ones.
         Some(unsafe { found.read_volatile() })
     };
     look(address).or_else(|| {

@@ -3,11 +3,11 @@
 use srcip_common::northsouth::{
     Direction, Flow, FlowKey, TUNNEL_RETURN,
     counter::{Counter, ServiceCounter},
-    packet::{self, Datagram, UDP},
+    packet::{Datagram, UDP},
 };
 
 use crate::{
-    Verdict, maps,
+    Verdict, fragments, maps,
     rewrite::{self, End},
     send, size,
     skb::{Failed, Skb},
@@ -19,7 +19,7 @@ use crate::{
 /// answers to what came by another way.
 #[inline(never)]
 pub fn from_pod(skb: Skb, work: &mut Work, datagram: &Datagram) -> Verdict {
-    let Some(ports) = packet::ports(&skb, datagram) else { return Verdict::pass(Counter::Malformed) };
+    let Some(ports) = fragments::ports(skb, datagram) else { return Verdict::pass(Counter::Malformed) };
     work.key = FlowKey::new(
         Direction::Reply,
         datagram.protocol,
@@ -47,6 +47,7 @@ pub fn from_pod(skb: Skb, work: &mut Work, datagram: &Datagram) -> Verdict {
         .and_then(|()| rewrite::hop(skb, datagram));
     match rewritten {
         Ok(()) => {
+            fragments::follow(datagram, ports);
             maps::count_of(flow.service, ServiceCounter::ReplyBytes, skb.len().into());
             send_back(skb, &mut work.way, datagram, Counter::Reply)
         }

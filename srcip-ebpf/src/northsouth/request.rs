@@ -5,12 +5,12 @@ use srcip_common::{
     northsouth::{
         Direction, FlowKey,
         counter::{Counter, ServiceCounter},
-        packet::{self, Datagram},
+        packet::Datagram,
     },
 };
 
 use crate::{
-    Verdict, choose, maps,
+    Verdict, choose, fragments, maps,
     rewrite::{self, End},
     send, size,
     skb::{Failed, Skb},
@@ -22,10 +22,14 @@ use crate::{
 /// cluster here.
 #[inline(never)]
 pub fn from_client(skb: Skb, work: &mut Work, datagram: &Datagram, from: &Address) -> Verdict {
-    let Some(ports) = packet::ports(&skb, datagram) else { return Verdict::pass(Counter::Malformed) };
+    let Some(ports) = fragments::ports(skb, datagram) else { return Verdict::pass(Counter::Malformed) };
     let (to, port) = (datagram.destination, ports.destination);
     let Some(frontend) = maps::frontend(datagram.family, to, port, datagram.protocol) else {
-        return if from.is_unspecified() { Verdict::PASS } else { tunnel::onward(skb, work, datagram) };
+        if from.is_unspecified() {
+            return Verdict::PASS;
+        }
+        fragments::follow(datagram, ports);
+        return tunnel::onward(skb, work, datagram);
     };
     if datagram.hop_limit <= 1 {
         return Verdict::pass(Counter::HopLimit);
@@ -64,6 +68,7 @@ fn to_endpoint(skb: Skb, work: &mut Work, datagram: &Datagram) -> Verdict {
         .and_then(|()| rewrite::hop(skb, datagram));
     match rewritten {
         Ok(()) => {
+            fragments::follow(datagram, work.request.ports);
             maps::count(Counter::ToEndpoint);
             maps::count_of(work.request.frontend.service, ServiceCounter::RequestBytes, skb.len().into());
             send::redirect(&mut work.way)
@@ -83,6 +88,7 @@ fn to_node(skb: Skb, work: &mut Work, datagram: &Datagram) -> Verdict {
     if work.target.tunnel_return && work.request.ports.is_syn() {
         size::clamp(skb, datagram, work.way.device);
     }
+    fragments::follow(datagram, work.request.ports);
     match rewrite::hop(skb, datagram) {
         Ok(()) => tunnel::send(skb, &mut work.way, datagram, Counter::ToNode),
         Err(Failed) => Verdict::drop(Counter::Failed),

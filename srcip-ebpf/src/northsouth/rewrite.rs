@@ -54,9 +54,13 @@ impl End {
     }
 }
 
-/// Where the checksum lies that covers the addresses, and the flags of its helper.
+/// Where the checksum lies that covers the addresses, and the flags of its helper. In a datagram's first fragment,
+/// for all of them.
 #[inline(always)]
 fn checksum(datagram: &Datagram) -> Option<(u32, u64)> {
+    if datagram.fragment_offset != 0 {
+        return None;
+    }
     let pseudo = u64::from(BPF_F_PSEUDO_HDR);
     match datagram.protocol {
         TCP => Some((datagram.payload + 16, pseudo)),
@@ -91,10 +95,10 @@ pub fn address(skb: Skb, datagram: &Datagram, end: End, to: &Address) -> Result<
     }
 }
 
-/// Writes a port of TCP or UDP, host byte order.
+/// Writes a port of TCP or UDP, host byte order, where there is one.
 #[inline(always)]
 pub fn port(skb: Skb, datagram: &Datagram, end: End, from: u16, to: u16) -> Result<()> {
-    if from == to {
+    if from == to || datagram.fragment_offset != 0 {
         return Ok(());
     }
     let (from, to) = (from.to_be(), to.to_be());

@@ -19,6 +19,8 @@ use crate::{
     skb::{ETHERNET, Failed, Result, Skb, done},
 };
 
+/// Of IPv6.
+const FRAGMENT_HEADER: u32 = 8;
 const TCP_HEADER: u32 = 20;
 const UDP_HEADER: u32 = 8;
 const ICMP_HEADER: u32 = 8;
@@ -93,15 +95,28 @@ fn segment_size(skb: Skb, datagram: &Datagram) -> Option<(u32, u16)> {
     None
 }
 
+/// Who is told that a packet is too big.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Sender {
+    Client,
+    /// On this host: the stack would send its fragments on with the pod's address, so it has to make smaller ones, also
+    /// where routers might.
+    Pod,
+}
+
 /// Tells the sender that its packet, still as it came, must have at most `mtu` octets. One that may be
-/// fragmented is left to the stack, and so is one with options, which could not be quoted in a fixed size.
+/// fragmented is left to the stack, and so is one with options, which could not be quoted in a fixed size, and a
+/// fragment without ports, by which nobody would know it.
 #[inline(always)]
-pub fn tell(skb: Skb, datagram: &Datagram, mtu: u32) -> Verdict {
-    let header = datagram.family.header_len();
-    if !datagram.dont_fragment || datagram.start != 0 || datagram.payload != header {
+pub fn tell(skb: Skb, datagram: &Datagram, mtu: u32, sender: Sender) -> Verdict {
+    let is_fragment_v6 = datagram.is_fragment && datagram.family == Family::V6;
+    let header = datagram.family.header_len() + if is_fragment_v6 { FRAGMENT_HEADER } else { 0 };
+    let may_be_cut = !datagram.dont_fragment && sender == Sender::Client;
+    if may_be_cut || datagram.fragment_offset != 0 || datagram.start != 0 || datagram.payload != header {
         return Verdict::pass(Counter::TooBig);
     }
     let answered = match (datagram.family, datagram.protocol) {
+        (Family::V6, _) if is_fragment_v6 => answer_v6::<14>(skb, datagram, mtu),
         (Family::V4, TCP) => answer_v4::<10>(skb, datagram, mtu),
         (Family::V4, _) => answer_v4::<7>(skb, datagram, mtu),
         (Family::V6, TCP) => answer_v6::<15>(skb, datagram, mtu),

@@ -14,7 +14,7 @@ use srcip_common::{
 };
 
 use crate::{
-    Verdict, maps, rewrite, send as ways, size,
+    Verdict, fragments, maps, rewrite, send as ways, size,
     skb::{Failed, Skb},
     work::{Header, Way, Work},
 };
@@ -81,7 +81,7 @@ pub fn receive(skb: Skb, outer: &Datagram) -> Verdict {
     }
     let Some(inner) = Header::Inner.place() else { return Verdict::PASS };
     if !packet::read(&skb, outer.payload, outer.family, Extent::Whole, inner)
-        || inner.is_fragment
+        || !fragments::known(inner)
         || !is_ours(skb, inner)
     {
         return Verdict::PASS;
@@ -100,7 +100,7 @@ pub fn receive(skb: Skb, outer: &Datagram) -> Verdict {
 #[inline(always)]
 fn is_ours(skb: Skb, inner: &Datagram) -> bool {
     if matches!(inner.protocol, TCP | UDP) {
-        return packet::ports(&skb, inner).is_some_and(|ports| has_frontend(inner, ports));
+        return fragments::ports(skb, inner).is_some_and(|ports| has_frontend(inner, ports));
     }
     let Some(quoted) = Header::Quoted.place() else { return false };
     packet::quoted(&skb, inner, quoted).is_some_and(|ports| has_frontend(quoted, ports))
