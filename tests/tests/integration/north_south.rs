@@ -4,6 +4,7 @@ mod attachment;
 mod bench;
 mod choice;
 mod counters;
+mod fragments;
 mod icmp;
 mod packets;
 mod scale;

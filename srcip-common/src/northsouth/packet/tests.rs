@@ -17,6 +17,8 @@ const BLANK: Datagram = Datagram {
     protocol: 0,
     hop_limit: 0,
     is_fragment: false,
+    fragment_offset: 0,
+    fragment_id: 0,
     dont_fragment: false,
 };
 
@@ -134,11 +136,16 @@ proptest! {
     }
 
     #[test]
-    fn fragments_are_told(offset in 0_u16..=0x1fff, more: bool) {
+    fn fragments_are_told(offset in 0_u16..=0x1fff, more: bool, id: u32) {
+        let told = |packet: &[u8], family| {
+            let (datagram, ports) = read(packet, family).unwrap();
+            (datagram.is_fragment, datagram.fragment_offset, datagram.fragment_id, ports)
+        };
         let is_fragment = more || offset != 0;
         let offset = IpFragOffset::try_new(offset).unwrap();
         let data = udp(1, 2, b"data");
         let header = Ipv4Header {
+            identification: id as u16,
             fragment_offset: offset,
             more_fragments: more,
             ..Ipv4Header::new(data.len() as u16, 7, IpNumber::UDP, [1; 4], [2; 4]).unwrap()
@@ -147,16 +154,34 @@ proptest! {
         header.write(&mut packet).unwrap();
         Ipv4Extensions::default().write(&mut packet, IpNumber::UDP).unwrap();
         packet.extend_from_slice(&data);
-        prop_assert_eq!(read(&packet, Family::V4).unwrap().0.is_fragment, is_fragment);
+        let ports = Some(Ports { source: 1, destination: 2, flags: 0 });
+        prop_assert_eq!(
+            told(&packet, Family::V4),
+            (is_fragment, 8 * offset.value(), u32::from(id as u16), ports)
+        );
 
-        // RFC 8200, 4.5, by hand: etherparse 0.19 shifts the low half of the offset wrongly.
-        let [high, low] = (offset.value() << 3 | u16::from(more)).to_be_bytes();
-        let mut fragment = std::vec![IpNumber::UDP.0, 0, high, low, 0, 0, 0, 1];
-        fragment.extend_from_slice(&data);
-        let packet =
-            v6_with_extensions(&Ipv6Extensions::default(), IpNumber::IPV6_FRAGMENTATION_HEADER, &fragment);
-        prop_assert_eq!(read(&packet, Family::V6).unwrap().0.is_fragment, is_fragment);
+        let packet = fragment_v6(offset, more, id, &data);
+        prop_assert_eq!(told(&packet, Family::V6), (is_fragment, 8 * offset.value(), id, ports));
     }
+}
+
+/// RFC 8200, 4.5, by hand: etherparse 0.19 shifts the low half of the offset wrongly.
+fn fragment_v6(offset: IpFragOffset, more: bool, id: u32, data: &[u8]) -> Vec<u8> {
+    let [high, low] = (offset.value() << 3 | u16::from(more)).to_be_bytes();
+    let fragment = [&[IpNumber::UDP.0, 0, high, low], &id.to_be_bytes()[..], data].concat();
+    v6_with_extensions(&Ipv6Extensions::default(), IpNumber::IPV6_FRAGMENTATION_HEADER, &fragment)
+}
+
+#[test]
+fn a_fragment_of_a_fragment_makes_no_sense() {
+    let mut inner = fragment_v6(IpFragOffset::ZERO, false, 2, &udp(1, 2, b"data")).split_off(40);
+    inner[3] |= 1;
+    let mut packet = fragment_v6(IpFragOffset::ZERO, true, 1, &inner);
+    packet[40] = IpNumber::IPV6_FRAGMENTATION_HEADER.0;
+    assert_eq!(read(&packet, Family::V6), None);
+    // Of a later one nothing is read that follows: it is the middle of something.
+    packet[43] = 8 | 1;
+    assert_eq!(read(&packet, Family::V6).unwrap().0.fragment_offset, 8);
 }
 
 #[test]

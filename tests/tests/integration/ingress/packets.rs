@@ -4,6 +4,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread::scope,
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -21,21 +22,21 @@ use srcip_tests::{
 struct Both {
     tcp: Service,
     udp: Service,
-    _agents: Agents,
+    agents: Agents,
     pod: Host,
     /// Last, so that it goes last.
     cluster: Cluster,
 }
 
 impl Both {
-    fn new() -> Self {
+    fn new(options: &str) -> Self {
         let mut cluster = Cluster::new(PodNetwork::PointToPoint).unwrap();
         let pod = cluster.pod(1, "app").unwrap();
         let tcp = Service::new("tcp").endpoint(1, &pod, APPLICATION_PORT);
         let udp = Service::new("udp").ports(80, 30081, 31081).udp().endpoint(1, &pod, APPLICATION_PORT);
         kube_proxy::install(&cluster, &[&tcp, &udp]).unwrap();
-        let agents = Agents::start(&cluster, &[&tcp, &udp], "").unwrap();
-        Self { tcp, udp, _agents: agents, pod, cluster }
+        let agents = Agents::start(&cluster, &[&tcp, &udp], options).unwrap();
+        Self { tcp, udp, agents, pod, cluster }
     }
 
     fn counter(&self, node: u8, name: &str) -> u64 {
@@ -63,7 +64,7 @@ fn connect_with_options(host: &Host, family: Family, to: SocketAddr) -> TcpStrea
 
 #[test]
 fn options_and_extension_headers_get_through() {
-    let test = Both::new();
+    let test = Both::new("");
     let data: Vec<u8> = (0..1_000_000_u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
     for family in Family::BOTH {
         let client = test.cluster.client.address(family);
@@ -119,39 +120,96 @@ fn options_and_extension_headers_get_through() {
     }
 }
 
-/// They reach the pod, and so do the fragments of the answer the client; with the address that kube-proxy gives them.
+/// More than fits into one packet of 1500 octets.
+const LARGE: usize = 3000;
+
+/// A client of the UDP Service.
+struct Asker<'a> {
+    test: &'a Both,
+    pod: &'a UdpSocket,
+    caller: UdpSocket,
+}
+
+impl<'a> Asker<'a> {
+    fn new(test: &'a Both, pod: &'a UdpSocket, family: Family) -> Self {
+        let caller = udp(&test.cluster.client, family, 0);
+        // It takes nothing from another address.
+        caller.connect(test.udp.dialled(family)).unwrap();
+        for socket in [pod, &caller] {
+            socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        }
+        Self { test, pod, caller }
+    }
+
+    /// Asks with a datagram and is answered with another one, until it arrives: as with any network, one may be lost,
+    /// be it because its size was too much. Returns whom the application saw.
+    #[track_caller]
+    fn ask(&self, question: usize, answer: usize) -> IpAddr {
+        let mut buffer = [0; 2 * LARGE];
+        for _ in 0..20 {
+            // It may be told first that the last one was too large.
+            let _ = self.caller.send(&vec![7; question]);
+            let Ok((got, peer)) = self.pod.recv_from(&mut buffer) else { continue };
+            assert_eq!(got, question);
+            self.pod.send_to(&vec![8; answer], peer).unwrap();
+            if let Ok(got) = self.caller.recv(&mut buffer) {
+                assert_eq!((got, buffer[0]), (answer, 8));
+                return peer.ip();
+            }
+        }
+        let logs = [1, 2].map(|node| self.test.agents.log(node));
+        panic!("{question} octets, and {answer} back: no answer\n{}", logs.join("\n"));
+    }
+}
+
 #[test]
-fn fragments_go_kube_proxys_way_and_are_counted() {
-    const LARGE: usize = 3000;
-    // Of 1500 octets, with headers.
-    const FRAGMENTS: u64 = 3;
-    let test = Both::new();
-    let mut counted = 0;
+fn fragments_keep_the_clients_address_too() {
+    let test = Both::new("");
     for family in Family::BOTH {
         let client = test.cluster.client.address(family);
         let pod = udp(&test.pod, family, APPLICATION_PORT);
         balancer::route(&test.cluster, &[1]).unwrap();
-        let ask = |length: usize| -> IpAddr {
-            let caller = udp(&test.cluster.client, family, 0);
-            caller.connect(test.udp.dialled(family)).unwrap();
-            caller.send(&vec![7; length]).unwrap();
-            let mut buffer = [0; 2 * LARGE];
-            let (got, peer) = pod.recv_from(&mut buffer).unwrap();
-            assert_eq!(got, length);
-            pod.send_to(&buffer[..got], peer).unwrap();
-            // Connected: it takes nothing from another address.
-            assert_eq!(caller.recv(&mut buffer).unwrap(), length);
-            peer.ip()
-        };
-        assert_eq!(ask(1000), client);
-        assert_eq!(test.counter(1, "passed_fragments"), counted);
-        assert_ne!(ask(LARGE), client, "masqueraded, as kube-proxy does");
-        // By the uplink, and from the pod.
-        counted += 2 * FRAGMENTS;
-        assert_eq!(test.counter(1, "passed_fragments"), counted);
-        // Others are not disturbed by that.
-        assert_eq!(ask(1000), client);
+        let asker = Asker::new(&test, &pod, family);
+        for (question, answer) in [(1000, 1000), (1000, LARGE), (LARGE, 1000), (LARGE, LARGE)] {
+            assert_eq!(asker.ask(question, answer), client, "{family:?}: {question}, {answer}");
+        }
     }
-    let table = Agents::srcip(&test.cluster, 1).run("status").unwrap();
-    assert!(table.contains(&format!("passed_fragments   {counted}")), "{table}");
+    assert_eq!(test.counter(1, "passed_fragments"), 0);
+}
+
+/// Of one that does not fit into the tunnel, the sender is told, where the protocol has it that routers cut nothing;
+/// else it goes kube-proxy's way.
+#[test]
+fn fragments_go_through_the_tunnel_where_they_fit() {
+    let test = Both::new("");
+    for family in Family::BOTH {
+        let client = test.cluster.client.address(family);
+        let pod = udp(&test.pod, family, APPLICATION_PORT);
+        balancer::route(&test.cluster, &[2]).unwrap();
+        let seen = Asker::new(&test, &pod, family).ask(LARGE, LARGE);
+        match family {
+            Family::V4 => assert_ne!(seen, client, "masqueraded, as kube-proxy does"),
+            Family::V6 => assert_eq!(seen, client),
+        }
+        test.cluster.client.ip("link set eth0 mtu 1400").unwrap();
+        // It takes no larger ones either.
+        assert_eq!(Asker::new(&test, &pod, family).ask(LARGE, 1000), client);
+        test.cluster.client.ip("link set eth0 mtu 1500").unwrap();
+    }
+    assert!(test.counter(2, "passed_too_big") > 0);
+    assert!(test.counter(2, "too_big_told") > 0);
+}
+
+/// So are the answers that go back the way the client came: the pod makes smaller fragments.
+#[test]
+fn fragments_come_back_through_the_tunnel() {
+    let test = Both::new("--return-path tunnel");
+    for family in Family::BOTH {
+        let client = test.cluster.client.address(family);
+        let pod = udp(&test.pod, family, APPLICATION_PORT);
+        balancer::route(&test.cluster, &[2]).unwrap();
+        assert_eq!(Asker::new(&test, &pod, family).ask(1000, LARGE), client, "{family:?}");
+    }
+    assert_eq!(test.counter(1, "too_big_told"), 2);
+    assert!(test.counter(1, "replies_to_node") > 0);
 }
