@@ -12,6 +12,9 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrLike as _, Sockadd
 
 use crate::Family;
 
+/// The next header, which the kernel fills in, the length, four octets to be skipped.
+const PADDING: [u8; 8] = [0, 0, 1, 4, 0, 0, 0, 0];
+
 /// Sets an option.
 pub fn set(socket: &impl AsRawFd, level: c_int, option: c_int, value: &[u8]) -> io::Result<()> {
     let size = value.len() as libc::socklen_t;
@@ -45,7 +48,7 @@ pub fn never_fragment(socket: &impl AsRawFd, family: Family) -> io::Result<()> {
 }
 
 /// All packets that the socket sends carry options: the IPv4 option that records the route, with room for four
-/// hops; the IPv6 extension headers with options for every hop and for the destination, which mean nothing.
+/// hops; the IPv6 extension header with options for every hop, which mean nothing.
 pub fn carry_options(socket: &impl AsRawFd, family: Family) -> io::Result<()> {
     match family {
         Family::V4 => {
@@ -55,13 +58,17 @@ pub fn carry_options(socket: &impl AsRawFd, family: Family) -> io::Result<()> {
             record_route[19] = 1;
             set(socket, libc::IPPROTO_IP, libc::IP_OPTIONS, &record_route)
         }
-        Family::V6 => {
-            // The next header, which the kernel fills in, the length, four octets to be skipped.
-            let padding = [0, 0, 1, 4, 0, 0, 0, 0];
-            set(socket, libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS, &padding)?;
-            set(socket, libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS, &padding)
-        }
+        Family::V6 => set(socket, libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS, &PADDING),
     }
+}
+
+/// All IPv6 packets that a UDP socket sends carry options for the destination too, which mean nothing.
+///
+/// Not for TCP: a router that runs Linux looks for the TCP header of a packet made of many segments right behind the
+/// options for every hop (`ip6_rcv`), takes a part of the sequence number for its length, and with five connections of
+/// sixteen for too big what is not.
+pub fn carry_destination_options(socket: &UdpSocket) -> io::Result<()> {
+    set(socket, libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS, &PADDING)
 }
 
 /// The IPv4 options that came with a TCP connection's first packet, as they will be sent back.

@@ -9,8 +9,8 @@ use aya_ebpf::{
 use srcip_common::{
     address::Address,
     northsouth::{
-        Affinity, AffinityKey, Config, Endpoint, EndpointKey, Flow, FlowKey, FragmentKey, Fragments, Frontend,
-        FrontendKey, OWN, RangeKey, Service, ServiceId,
+        Affinity, AffinityKey, Config, Endpoint, EndpointKey, Flow, FlowKey, FragmentKey, Fragments,
+        Frontend, FrontendKey, OWN, RangeKey, Service, ServiceId,
         counter::{Counter, PARTS, ServiceCounter, ServiceCounters},
         packet::Family,
     },

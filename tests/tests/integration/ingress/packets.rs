@@ -53,6 +53,14 @@ pub(super) fn udp(host: &Host, family: Family, port: u16) -> UdpSocket {
     socket
 }
 
+/// As many kinds as there are.
+fn carry_all_options(socket: &UdpSocket, family: Family) {
+    options::carry_options(socket, family).unwrap();
+    if family == Family::V6 {
+        options::carry_destination_options(socket).unwrap();
+    }
+}
+
 /// A TCP connection all of whose packets carry options from the client's side.
 fn connect_with_options(host: &Host, family: Family, to: SocketAddr) -> TcpStream {
     let socket = host.netns().run(|| Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap());
@@ -74,7 +82,7 @@ fn options_and_extension_headers_get_through() {
         options::carry_options(&listener, family).unwrap();
         let pod = udp(&test.pod, family, APPLICATION_PORT);
         options::ask_for_options(&pod, family).unwrap();
-        options::carry_options(&pod, family).unwrap();
+        carry_all_options(&pod, family);
         for node in [1, 2] {
             balancer::route(&test.cluster, &[node]).unwrap();
             let mut stream = connect_with_options(&test.cluster.client, family, test.tcp.dialled(family));
@@ -102,7 +110,7 @@ fn options_and_extension_headers_get_through() {
 
             let caller = udp(&test.cluster.client, family, 0);
             options::ask_for_options(&caller, family).unwrap();
-            options::carry_options(&caller, family).unwrap();
+            carry_all_options(&caller, family);
             let kinds = if family == Family::V4 { 1 } else { 2 };
             let mut buffer = [0; 2000];
             caller.send_to(&[7; 1000], test.udp.dialled(family)).unwrap();
