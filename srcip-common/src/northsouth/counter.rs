@@ -55,7 +55,7 @@ counters! {
         Spoofed = "dropped_spoofed_encapsulation",
         /// Dropped: the kernel failed to rewrite the packet, out of memory for one.
         Failed = "dropped_failed",
-        /// Passed on untouched: fragments, which have no ports.
+        /// Passed on untouched: fragments of a datagram whose first one, which has the ports, is not known.
         Fragment = "passed_fragments",
         /// Passed on untouched: lengths or headers that make no sense.
         Malformed = "passed_malformed",
