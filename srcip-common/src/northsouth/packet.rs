@@ -84,6 +84,8 @@ pub struct Datagram {
     pub start: u32,
     /// Offset of what follows, in octets.
     pub payload: u32,
+    /// Offset of the end that the header says, in octets; what lies behind it is padding.
+    pub end: u32,
     /// What follows.
     pub protocol: u8,
     /// Time to live, or hop limit.
@@ -145,7 +147,7 @@ fn read_v4<P: Packet + ?Sized>(packet: &P, extent: Extent, datagram: &mut Datagr
     datagram.fragment_id = u16::from_be_bytes(header.id).into();
     datagram.source = Address::from_v4_be(u32::from_ne_bytes(header.src_addr));
     datagram.destination = Address::from_v4_be(u32::from_ne_bytes(header.dst_addr));
-    datagram.payload = start + length;
+    (datagram.payload, datagram.end) = (start + length, start + total);
     datagram.protocol = header.proto;
     datagram.hop_limit = header.ttl;
     datagram.dont_fragment = fragment & 0x4000 != 0;
@@ -169,6 +171,8 @@ fn read_v6<P: Packet + ?Sized>(packet: &P, extent: Extent, datagram: &mut Datagr
     if extent == Extent::Whole && !reaches(packet, payload + length) {
         return None;
     }
+    // One of segments that add up to more than the field can say has none there (`ipv6_gro_complete`).
+    datagram.end = if length == 0 { u32::MAX } else { payload + length };
     let mut protocol = next;
     for _ in 0..MAX_EXTENSIONS {
         // What follows the header of a later fragment is in the middle of something.
@@ -246,12 +250,15 @@ impl Ports {
 /// Reads the ports of TCP and UDP, `None` if their header does not fit. Not of a later fragment, which has none.
 #[inline(always)]
 pub fn ports<P: Packet + ?Sized>(packet: &P, datagram: &Datagram) -> Option<Ports> {
-    let flags = if datagram.protocol == TCP {
-        // The whole header: what is rewritten lies in it.
+    let room = datagram.end.saturating_sub(datagram.payload);
+    // The whole header: what is rewritten lies in it.
+    let flags = if datagram.protocol == TCP && room >= 20 {
         packet.load::<[u8; 20]>(datagram.payload)?[13]
-    } else {
+    } else if datagram.protocol == UDP && room >= 8 {
         packet.load::<[u8; 8]>(datagram.payload)?;
         0
+    } else {
+        return None;
     };
     let quoted = quoted_ports(packet, datagram)?;
     Some(Ports { flags, ..quoted })

@@ -7,6 +7,7 @@ mod counters;
 mod fragments;
 mod icmp;
 mod packets;
+mod properties;
 mod scale;
 mod topology;
 

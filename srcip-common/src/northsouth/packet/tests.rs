@@ -14,6 +14,7 @@ const BLANK: Datagram = Datagram {
     destination: Address::from_v4_be(0),
     start: 0,
     payload: 0,
+    end: 0,
     protocol: 0,
     hop_limit: 0,
     is_fragment: false,
