@@ -13,12 +13,10 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::{process::Process, srcip::Srcip, world::World};
+use crate::{PATIENCE, process::Process, srcip::Srcip, world::World};
 
 /// The node that the agents of tests are on.
 pub const NODE: &str = "node-a";
-/// How long anything the agent does may take.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -247,5 +245,6 @@ pub fn pod(namespace: &str, name: &str, uid: &str, annotations: &[(&str, &str)])
 /// A UID that no other pod of this machine has.
 pub fn uid() -> String {
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    format!("{:08x}-{number:04x}-4000-8000-000000000000", std::process::id())
+    // A container runtime's pods have others (`PodSpec`).
+    format!("{:08x}-{number:04x}-4000-9000-000000000000", std::process::id())
 }

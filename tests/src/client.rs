@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use socket2::{Domain, Socket, Type};
 
-use crate::host::Host;
+use crate::{PATIENCE, host::Host};
 
-/// Long enough for a machine under load, short enough to call a connection hung.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long to try what nobody answers: a SYN is sent three times by then.
+const IN_VAIN: Duration = Duration::from_secs(5);
 
 /// Opens a connection from `host`.
 pub fn connect(host: &Host, to: SocketAddr) -> Result<TcpStream> {
@@ -24,14 +24,26 @@ pub fn connect_from(host: &Host, from: Option<SocketAddr>, to: SocketAddr) -> Re
     host.netns().run(|| connect_here(from, to))?
 }
 
+/// Tries to open a connection that should not come about; tells why it does not, or fails.
+pub fn connect_in_vain(host: &Host, from: Option<SocketAddr>, to: SocketAddr) -> Result<anyhow::Error> {
+    match host.netns().run(|| connect_within(IN_VAIN, from, to))? {
+        Ok(_) => anyhow::bail!("{to} takes a connection"),
+        Err(error) => Ok(error),
+    }
+}
+
 /// Opens a connection from the calling thread's network namespace.
 pub fn connect_here(from: Option<SocketAddr>, to: SocketAddr) -> Result<TcpStream> {
+    connect_within(PATIENCE, from, to)
+}
+
+fn connect_within(limit: Duration, from: Option<SocketAddr>, to: SocketAddr) -> Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
     if let Some(from) = from {
         socket.set_reuse_address(true)?;
         socket.bind(&from.into()).with_context(|| format!("binding {from}"))?;
     }
-    socket.connect_timeout(&to.into(), PATIENCE).with_context(|| format!("connecting to {to}"))?;
+    socket.connect_timeout(&to.into(), limit).with_context(|| format!("connecting to {to}"))?;
     let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
+    PATIENCE,
     cri::Cri,
     host::Host,
     image::{self, PAUSE},
@@ -82,7 +83,7 @@ impl Containerd {
         let cgroup = format!("/{}/kubepods", cgroup.to_str().context("a cgroup's name is ASCII")?);
         let containerd = Self { cri, directory, cgroup, socket, plugins, networks, process };
         containerd.import(&image::write(PAUSE, &containerd.directory)?, PAUSE)?;
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         while let Err(error) = containerd.cri.ready() {
             ensure!(Instant::now() < deadline, "containerd on {} is not ready: {error:#}", host.name());
             std::thread::sleep(Duration::from_millis(20));
@@ -102,7 +103,7 @@ impl Containerd {
 
     /// Waits until a plugin of this name is in the configuration that pods are started with.
     pub fn wait_chained(&self, plugin: &str) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         while !self.cri.network()?.contains(plugin) {
             ensure!(Instant::now() < deadline, "containerd does not know the plugin {plugin}");
             std::thread::sleep(Duration::from_millis(20));
@@ -115,7 +116,7 @@ impl Containerd {
         let mut command = Command::new("ctr");
         command.arg("--address").arg(&self.socket).args(["--namespace", "k8s.io", "images", "import"]);
         run(command.arg(archive))?;
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         while self.cri.image(name)?.is_none() {
             ensure!(Instant::now() < deadline, "{} has no image {name}", archive.display());
             std::thread::sleep(Duration::from_millis(10));

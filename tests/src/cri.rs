@@ -14,10 +14,8 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
+use crate::PATIENCE;
 use messages as m;
-
-/// The longest that a call may take: a pod's CNI plugins, the start of a container, on a machine under load.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to a runtime.
 #[derive(Debug)]

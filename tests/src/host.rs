@@ -16,7 +16,7 @@ use srcip_user::{
 };
 
 use crate::{
-    Family,
+    Family, PATIENCE,
     process::{Place, Process, run, sh},
 };
 
@@ -190,7 +190,7 @@ impl Host {
     }
 
     fn wait_listens(&self, port: u16, wanted: bool) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         while self.listens(port) != wanted {
             let who = if wanted { "nobody on" } else { "somebody still on" };
             ensure!(Instant::now() < deadline, "{who} {} listens on port {port}", self.name);

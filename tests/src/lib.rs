@@ -44,6 +44,29 @@ pub mod srcip;
 pub mod stale;
 pub mod world;
 
+use std::time::{Duration, Instant};
+
+/// How long to wait for what has to come, also from a machine that stands still for a while. Nobody waits so long for
+/// what does not come.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Looks until there is something to be found, and panics if there never is.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits until something holds, and panics if it never does.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    wait_for(what, || holds().then_some(()));
+}
+
 /// The family a test runs in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Family {

@@ -16,10 +16,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::{process::sh, srcip::Srcip, world::World};
-
-/// How long to wait for what is to come.
-const PATIENCE: Duration = Duration::from_secs(10);
+use crate::{PATIENCE, process::sh, srcip::Srcip, world::World};
 
 /// How many watching programs are attached to a cgroup.
 pub fn programs(cgroup: &Path) -> Result<usize> {
@@ -76,7 +73,7 @@ impl Observe {
     /// Its next line.
     pub fn line(&self) -> Result<String> {
         let lines = self.lines.as_ref().context("nobody reads")?;
-        lines.recv_timeout(PATIENCE).context("no line within ten seconds")
+        lines.recv_timeout(PATIENCE).context("no further line")
     }
 
     /// The next line that is as wanted; others are passed over.

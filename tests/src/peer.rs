@@ -13,6 +13,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use crate::{
+    PATIENCE,
     client::Seen,
     host::Host,
     process::{Process, run},
@@ -164,7 +165,7 @@ impl Holders {
     /// Closes them all and waits.
     pub fn close(mut self) -> Result<()> {
         self.process.tell("close")?;
-        self.process.wait(Duration::from_secs(60)).map(drop)
+        self.process.wait(PATIENCE).map(drop)
     }
 }
 

@@ -14,7 +14,7 @@ use serde_json::Value;
 use srcip_user::{netns::Netns, sockets::tcp_sockets};
 
 use crate::{
-    Family,
+    Family, PATIENCE,
     containerd::Containerd,
     cri::messages::{self as m, ContainerState, NamespaceMode},
 };
@@ -153,7 +153,7 @@ impl Pod {
     /// Waits until somebody in it listens on `port`.
     pub fn wait_open(&self, port: u16) -> Result<()> {
         let netns = Netns::open(&self.netns())?;
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let sockets = netns.run(tcp_sockets)??;
             if sockets.iter().any(|socket| socket.is_listener() && socket.local.port() == port) {

@@ -19,6 +19,8 @@ use nix::{
     unistd::Pid,
 };
 
+use crate::PATIENCE;
+
 /// Where a process is to run.
 #[derive(Debug)]
 pub struct Place {
@@ -111,12 +113,13 @@ impl Process {
 
     /// Waits until `done` holds, or fails with what it printed.
     pub fn wait_until(&mut self, what: &str, mut done: impl FnMut(&Self) -> bool) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         loop {
+            // First this: what it has done by its end, it has done.
+            let running = self.is_running();
             if done(self) {
                 return Ok(());
             }
-            let running = self.is_running();
             if !running || Instant::now() > deadline {
                 let state = if running { "still runs" } else { "has ended" };
                 bail!("{} {state} without: {what}\n{}", self.name, self.log());

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 
-use crate::{cluster::gateway::HTTPS_PORT, host::Host, process::Process};
+use crate::{PATIENCE, cluster::gateway::HTTPS_PORT, host::Host, process::Process};
 
 /// The port of every sidecar here, as Istio has it.
 pub const PROXY_PORT: u16 = 15006;
@@ -215,8 +215,7 @@ impl Proxy {
     fn wait_replaced(&mut self) -> Result<()> {
         let host = &self.host;
         for old in &mut self.replaced {
-            old.wait(std::time::Duration::from_secs(30))
-                .with_context(|| format!("the replaced proxy on {host} has to end"))?;
+            old.wait(PATIENCE).with_context(|| format!("the replaced proxy on {host} has to end"))?;
         }
         self.replaced.clear();
         Ok(())
@@ -227,7 +226,7 @@ impl Proxy {
         if self.kind == Kind::Nginx {
             // Its workers outlive a master that is killed; told to end, it takes them along.
             let _ = self.process.signal(Signal::SIGTERM);
-            let _ = self.process.wait(std::time::Duration::from_secs(10));
+            let _ = self.process.wait(PATIENCE);
         }
         self.process.kill();
     }

@@ -22,7 +22,7 @@ impl Scratch {
         stale::remove_first();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = Path::new(RUN_DIRECTORY).join(format!("{}scratch-{number}", stale::prefix()));
-        fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
+        stale::create_directory(&path).with_context(|| path.display().to_string())?;
         Ok(Self(path))
     }
 

@@ -4,7 +4,6 @@ use std::{
     io::{BufRead as _, BufReader, Read as _},
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -111,8 +110,7 @@ impl Srcip {
             bail!("srcip {arguments}: {line}");
         }
         let result = traffic();
-        // What has ended by now is told of within the reader's next look.
-        std::thread::sleep(Duration::from_millis(300));
+        // What has happened by now is told of.
         kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGINT)?;
         let output = child.wait_with_output()?;
         result?;

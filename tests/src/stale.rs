@@ -4,7 +4,7 @@
 //! that no longer runs this program is stale.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     process::Command,
     sync::Once,
@@ -25,6 +25,18 @@ pub const STATE_DIRECTORY: &str = "/var/lib/srcip-worlds";
 /// The names of this process' things start with this.
 pub fn prefix() -> String {
     format!("srcip-{}-", std::process::id())
+}
+
+/// Makes a directory and those above it, also while another test takes these away because nothing is left in them.
+pub(crate) fn create_directory(path: &Path) -> io::Result<()> {
+    let mut result = fs::create_dir_all(path);
+    for _ in 0..100 {
+        match result {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => result = fs::create_dir_all(path),
+            other => return other,
+        }
+    }
+    result
 }
 
 /// Whether `name` is one of a run that has ended.
@@ -111,7 +123,7 @@ pub(crate) fn remove_cgroup(path: &Path) {
 }
 
 /// A cgroup's files are no obstacle to its removal, only cgroups in it are.
-fn remove_tree(path: &Path) -> std::io::Result<()> {
+fn remove_tree(path: &Path) -> io::Result<()> {
     for (_, child) in entries(path) {
         if child.is_dir() {
             remove_tree(&child)?;

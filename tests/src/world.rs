@@ -51,7 +51,7 @@ impl World {
         let prefix = format!("{}{}-", stale::prefix(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let base = prefix.trim_end_matches('-');
         let directory = Path::new(RUN_DIRECTORY).join(base);
-        fs::create_dir_all(directory.join("bpf"))?;
+        stale::create_directory(&directory.join("bpf"))?;
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(Some("bpf"), &directory.join("bpf"), Some("bpf"), flags, Some("mode=0700"))
             .context("mounting a BPF file system")?;
@@ -90,7 +90,7 @@ impl World {
     /// The directory for what is too much for [`Self::directory`], which may be in memory.
     pub fn state(&self) -> Result<PathBuf> {
         let path = self.state_path();
-        fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
+        stale::create_directory(&path).with_context(|| path.display().to_string())?;
         Ok(path)
     }
 

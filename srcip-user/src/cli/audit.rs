@@ -102,6 +102,8 @@ impl AuditArgs {
             sleep(POLL_INTERVAL);
             look(&mut observer, &mut audit)?;
         }
+        // Once more: what came before the end is told.
+        look(&mut observer, &mut audit)?;
         for record in observer.open_records() {
             audit.still_open(&record, observer.workloads());
         }

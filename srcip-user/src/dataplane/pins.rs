@@ -106,7 +106,8 @@ impl Pins {
 
     /// Removes what steers pods, and the instance's directory if nothing else is in it.
     pub fn remove_steering(&self) -> Result<()> {
-        for directory in [self.maps(), self.node(), self.root.join("pods")] {
+        // The maps last: whoever is interrupted leaves no program that works on maps which nobody finds any more.
+        for directory in [self.root.join("pods"), self.node(), self.maps()] {
             remove_tree(&directory)?;
         }
         match fs::remove_dir(&self.root) {

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     Asked, Shared, TOKEN, discovery, event,
-    store::{Page, Resource, Selector},
+    store::{Gone, Page, Resource, Selector},
     table,
     watch::Watch,
 };
@@ -160,6 +160,7 @@ fn read(
     }
     let limit = text("limit").parse().unwrap_or_default();
     let page = match text("continue") {
+        token if !token.is_empty() && shared.faults().lists_expire => Err(Gone),
         "" => Ok(shared.store().list(target.resource, &selector, limit)),
         token => shared.store().list_on(token, limit),
     };

@@ -13,6 +13,8 @@ pub struct Faults {
     pub status: Option<u16>,
     /// Whose version is gone is told so by the status of the answer, not by what the watch brings.
     pub gone_by_status: bool,
+    /// Lists expire before their second page.
+    pub lists_expire: bool,
     /// Watches bring nothing, and do not end when they should: as on a connection that has died without a word.
     pub silent: bool,
     /// What happens meanwhile is never told to those that watch.

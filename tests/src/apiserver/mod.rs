@@ -32,6 +32,7 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 use tokio::sync::watch as channel;
 
+use crate::PATIENCE;
 pub use faults::Faults;
 use store::{Resource, Store};
 
@@ -168,7 +169,7 @@ impl ApiServer {
         let refuse = faults.refuse;
         self.shared.faults.send_replace(faults);
         // Its thread opens and closes the door.
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while TcpStream::connect(self.address).is_ok() == refuse {
             assert!(Instant::now() < deadline, "the API server of the tests does not react");
             thread::sleep(Duration::from_millis(1));

@@ -10,12 +10,13 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use bytes::BytesMut;
 use clap::{Parser, Subcommand};
-use srcip_tests::{client, options};
+use srcip_tests::{PATIENCE, client, options};
 use srcip_user::cni::{config::Settings, install::Installer};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpSocket, TcpStream},
     signal::unix::{SignalKind, signal},
+    sync::Notify,
     task::JoinSet,
     time::timeout,
 };
@@ -141,8 +142,8 @@ async fn pause() -> Result<()> {
     Ok(())
 }
 
-/// How long `/slow` takes: enough to look at the sockets meanwhile.
-const SLOW: Duration = Duration::from_secs(1);
+/// Lets `/hold` go on.
+static RELEASED: Notify = Notify::const_new();
 
 async fn http(stream: TcpStream) -> Result<()> {
     answer(stream, false).await
@@ -158,7 +159,8 @@ fn forwarded_for(head: &str) -> Option<&str> {
     value.split(',').next().map(str::trim)
 }
 
-/// HTTP/1.1, as much as a sidecar needs: `/ip`, `/seen`, `/slow`.
+/// HTTP/1.1, as much as a sidecar needs: `/ip`, `/seen`; `/hold`, which is answered after somebody has asked for
+/// `/release`.
 async fn answer(mut stream: TcpStream, believes: bool) -> Result<()> {
     stream.set_nodelay(true)?;
     let (peer, local) = (stream.peer_addr()?, stream.local_addr()?);
@@ -175,8 +177,13 @@ async fn answer(mut stream: TcpStream, believes: bool) -> Result<()> {
         let head = buffer.split_to(end);
         let head = String::from_utf8_lossy(&head).to_lowercase();
         let path = head.split_whitespace().nth(1).unwrap_or("/");
-        if path == "/slow" {
-            tokio::time::sleep(SLOW).await;
+        match path {
+            "/hold" => {
+                println!("holding {peer}");
+                RELEASED.notified().await;
+            }
+            "/release" => RELEASED.notify_one(),
+            _ => {}
         }
         let body = match path {
             "/ip" => {
@@ -184,7 +191,7 @@ async fn answer(mut stream: TcpStream, believes: bool) -> Result<()> {
                 let origin = forwarded_for(&head).filter(|_| believes).unwrap_or(&own);
                 format!("{{\"origin\": \"{origin}\"}}\n")
             }
-            "/seen" | "/slow" => format!("{peer} {local}"),
+            "/seen" | "/hold" => format!("{peer} {local}"),
             _ => "ok\n".to_owned(),
         };
         let close = head.contains("\r\nconnection: close");
@@ -215,8 +222,6 @@ async fn echo(mut stream: TcpStream) -> Result<()> {
         stream.write_all(&buffer[..read]).await?;
     }
 }
-
-const PATIENCE: Duration = Duration::from_secs(20);
 
 async fn open(from: Option<SocketAddr>, to: SocketAddr) -> Result<BufReader<TcpStream>> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };

@@ -14,6 +14,7 @@ use super::{
     service::{Service, objects, write_manifests},
 };
 use crate::{
+    PATIENCE,
     apiserver::{ApiServer, store::Resource},
     process::Process,
     srcip::{Srcip, binary},
@@ -126,7 +127,7 @@ impl Agents {
 
     /// Waits until a page of a node's agent has this text.
     pub fn wait_for(&self, cluster: &Cluster, number: u8, page: &str, text: &str) -> Result<String> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let shown = self.probe(cluster, number, page).unwrap_or_default();
             if shown.contains(text) {
@@ -141,13 +142,13 @@ impl Agents {
     pub fn stop(&mut self, number: u8) -> Result<()> {
         let process = &mut self.processes[usize::from(number) - 1];
         process.signal(Signal::SIGTERM)?;
-        process.wait(Duration::from_secs(20)).map(drop)
+        process.wait(PATIENCE).map(drop)
     }
 
     /// What a node's agent says of itself at a page of its health address, and whether that is good.
     pub fn probe(&self, cluster: &Cluster, number: u8, page: &str) -> Result<String> {
         let url = format!("http://127.0.0.1:9878/{page}?verbose");
-        cluster.node(number).host.sh(&format!("curl --silent --max-time 5 {url}"))
+        cluster.node(number).host.sh(&format!("curl --silent --max-time {} {url}", PATIENCE.as_secs()))
     }
 
     /// What a node's agent has logged.

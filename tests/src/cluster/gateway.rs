@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::{
+    PATIENCE,
     host::Host,
     proxy::{Kind, Proxy},
 };
@@ -51,11 +52,14 @@ impl Gateway {
 
     /// The last line of its access log, once it has this many.
     pub fn logged(&self, count: usize) -> Result<Value> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let log = self.proxy.access_log();
+            // Nothing of a line that is half written.
+            let log = log.rfind('\n').map_or("", |end| &log[..end]);
             if log.lines().count() >= count {
-                return serde_json::from_str(log.lines().last().context("a line")?).context(log);
+                return serde_json::from_str(log.lines().last().context("a line")?)
+                    .with_context(|| log.to_owned());
             }
             ensure!(Instant::now() < deadline, "the gateway has not logged {count} requests: {log}");
             std::thread::sleep(Duration::from_millis(10));

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 use srcip_tests::{
-    Family,
+    Family, PATIENCE,
     agent::{Agent, NODE, Setup, Source, pod, uid},
     apiserver::{ApiServer, Faults},
     client,
@@ -11,6 +11,7 @@ use srcip_tests::{
     peer,
     process::Process,
     proxy::{Kind, Proxy},
+    wait_until,
     world::World,
 };
 

@@ -20,6 +20,7 @@ use srcip_tests::{
     manifests::{deploy, object, render},
     pod::{Container, ContainerSpec, Pod, PodSpec},
     process::sh,
+    wait_until,
 };
 
 use crate::cluster::Cluster;
@@ -237,10 +238,11 @@ fn the_daemon_set_has_what_the_agent_needs() {
     assert!(status.contains(&format!("CapEff:\t{effective:016x}")), "{status}");
     let probe = |path: &str| {
         let mut stream = client::connect(&node.cluster.node, "127.0.0.1:9878".parse().unwrap()).unwrap();
-        client::http_get(&mut stream, path).unwrap()
+        client::http_get(&mut stream, path)
     };
-    probe("/livez");
-    probe("/readyz");
+    probe("/livez").unwrap();
+    // At the end of the round that attached the pod.
+    wait_until("ready", || probe("/readyz").is_ok());
 
     // Istio's rule comes after the attach: the agent sees it, and attaches the pod again.
     assert_eq!(node.inside("sysctl -n net.ipv4.fwmark_reflect"), "1\n");
@@ -318,8 +320,9 @@ fn not_installed_without(capability: &str, why: &str) {
     }
     loop {
         let mut stream = client::connect(&node.cluster.node, "127.0.0.1:9878".parse().unwrap()).unwrap();
-        // Its body is in the error: it is no 200.
-        let ready = client::http_get(&mut stream, "/readyz?verbose").unwrap_err().to_string().to_lowercase();
+        // Its body is in the error once it is no 200.
+        let ready = client::http_get(&mut stream, "/readyz?verbose");
+        let ready = ready.map_or_else(|error| error.to_string(), |_| String::new()).to_lowercase();
         let failed = ready.lines().find(|line| line.starts_with("[-]cni failed: "));
         if failed.is_some_and(|line| line.contains(why)) {
             break;
@@ -365,9 +368,11 @@ fn audit_only_has_what_it_needs() {
         assert!(Instant::now() < deadline, "{log}");
         std::thread::sleep(Duration::from_millis(50));
     }
-    let mut stream = client::connect(&node.cluster.node, audit.socket(Family::V4, 9464).unwrap()).unwrap();
-    let metrics = client::http_get(&mut stream, "/metrics").unwrap().body;
-    assert!(metrics.contains("srcip_connections_total{"), "{metrics}");
+    wait_until("they are counted", || {
+        let address = audit.socket(Family::V4, 9464).unwrap();
+        let mut stream = client::connect(&node.cluster.node, address).unwrap();
+        client::http_get(&mut stream, "/metrics").unwrap().body.contains("srcip_connections_total{")
+    });
 }
 
 /// The agent and its plugin, and then the overlay that takes both away, which has no more than the agent has.

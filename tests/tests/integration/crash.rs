@@ -150,6 +150,29 @@ fn killed_between_two_maps() {
     }
 }
 
+/// Interrupted while the instance was being removed: what is left goes on with the maps that it belongs to.
+#[test]
+fn interrupted_between_two_hooks() {
+    let scenario = scenario(Engine::SkLookup);
+    let before = traces(&scenario.pod);
+    for hook in ["srcip_sock_ops", "srcip_connect4", "srcip_connect6"] {
+        scenario.attach("");
+        // What is mounted on cannot be removed.
+        let pin = scenario.srcip.pin_path().join("node").join(hook);
+        let flags = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(Some("/dev/null"), &pin, None::<&str>, flags, None::<&str>).unwrap();
+        let detached = scenario.srcip.detach(&scenario.pod, "--now");
+        nix::mount::umount(&pin).unwrap();
+        detached.unwrap();
+        assert!(pin.exists(), "{hook}");
+        scenario.attach("");
+        Family::BOTH.into_iter().for_each(|family| scenario.assert_kept(family));
+        scenario.srcip.run("detach --all --now").unwrap();
+        assert!(!scenario.srcip.pin_path().exists(), "{hook}");
+        assert_eq!(traces(&scenario.pod), before, "{hook}");
+    }
+}
+
 /// Two at once on one instance wait for each other.
 #[test]
 fn two_at_once() {

@@ -1,6 +1,6 @@
 //! What is deployed on clusters: understood by Kubernetes to the last field, and in step with the program.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use clap::Parser as _;
 use k8s_openapi::{
@@ -14,6 +14,7 @@ use k8s_openapi::{
 use serde::Deserialize;
 use serde_json::{Value, json};
 use srcip_tests::{
+    PATIENCE,
     apiserver::ApiServer,
     manifests::{deploy, object, render, render_with, unknown_fields},
     scratch::Scratch,
@@ -273,6 +274,16 @@ fn rules(objects: &[Value], role: &str) -> BTreeSet<(String, String)> {
     allowed
 }
 
+/// Waits for requests of tasks on this thread.
+async fn until(has_asked: impl Fn() -> bool) {
+    let wait = async {
+        while !has_asked() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.expect("it asks");
+}
+
 /// What the agent may do is what it asks for, and the other way round.
 #[test]
 fn rbac_is_what_the_agent_asks_for() {
@@ -294,12 +305,7 @@ fn rbac_is_what_the_agent_asks_for() {
         source.fetch(&PodName::new("shop", "web").unwrap()).await.unwrap().unwrap();
         let pod = PodInfo::from_object(&serde_json::from_value(pod).unwrap()).unwrap();
         source.warn(&pod, "Invalid", "a value that means nothing");
-        for _ in 0..500 {
-            if !server.events().is_empty() && !server.asked("watch", "pods").is_empty() {
-                break;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
+        until(|| !server.events().is_empty() && !server.asked("watch", "pods").is_empty()).await;
     });
     let asked: BTreeSet<_> =
         server.requests().into_iter().map(|asked| (asked.verb.to_owned(), asked.resource)).collect();
@@ -338,12 +344,7 @@ fn rbac_of_north_south_is_what_it_asks_for() {
         let timing = kube::Timing::default();
         let source = kube::services::ClusterSource::start(&client, Selection::default(), timing);
         source.watch().wait_for(|objects| objects.is_synced()).await.unwrap();
-        for _ in 0..500 {
-            if server.requests().iter().filter(|asked| asked.verb == "watch").count() == 3 {
-                break;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-        }
+        until(|| server.requests().iter().filter(|asked| asked.verb == "watch").count() == 3).await;
     });
     let asked: BTreeSet<_> =
         server.requests().into_iter().map(|asked| (asked.verb.to_owned(), asked.resource)).collect();

@@ -4,7 +4,7 @@ use std::process::Command;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use srcip_tests::{
-    Family,
+    Family, PATIENCE,
     host::Host,
     peer,
     process::run,
@@ -195,7 +195,7 @@ fn disguised_syns_do_not_pass_the_proxy_by() {
     packet.extend_from_slice(&tcp);
     send_raw(client, pod, Family::V6, &packet);
 
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
+    let deadline = std::time::Instant::now() + PATIENCE;
     while scenario.counter("disguised_refused") < 3 {
         assert!(std::time::Instant::now() < deadline, "{}", scenario.srcip.status(pod).unwrap());
         std::thread::sleep(std::time::Duration::from_millis(10));

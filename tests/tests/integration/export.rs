@@ -10,11 +10,13 @@ use std::{
     net::SocketAddr,
     process::{Command, ExitStatus},
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
-use srcip_tests::{Family, client, host::Host, peer::Clients, process::Process, srcip::binary};
+use srcip_tests::{
+    Family, PATIENCE, client, host::Host, peer::Clients, process::Process, srcip::binary, wait_for,
+};
 
 use crate::scenario::{PORT, Scenario};
 
@@ -46,7 +48,7 @@ impl Export {
     /// Ends it as an init system does.
     fn stop(mut self) -> String {
         self.process.signal(Signal::SIGTERM).unwrap();
-        let status = self.process.wait(Duration::from_secs(20)).unwrap();
+        let status = self.process.wait(PATIENCE).unwrap();
         assert_clean(status, &self.process.log());
         self.process.log()
     }
@@ -93,25 +95,15 @@ fn value(page: &str, series: &str) -> Option<f64> {
 
 /// Scrapes until a series has a value, and fails with the page if it never does.
 fn wait_for_value(scenario: &Scenario, series: &str, wanted: f64) -> String {
-    let mut page = String::new();
-    for _ in 0..200 {
-        page = scrape(scenario);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let page = scrape(scenario);
         if value(&page, series) == Some(wanted) {
             return page;
         }
+        assert!(Instant::now() < deadline, "{series} does not become {wanted}:\n{page}");
         std::thread::sleep(Duration::from_millis(50));
     }
-    panic!("{series} does not become {wanted}:\n{page}")
-}
-
-fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    for _ in 0..400 {
-        if let Some(found) = look() {
-            return found;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    panic!("not within 20 s: {what}")
 }
 
 /// Connections of a leg, by whether the client was preserved.

@@ -13,6 +13,7 @@ use std::{
 
 use serde_json::json;
 use srcip_tests::{
+    PATIENCE,
     agent::{NODE, Setup, Source},
     client,
     host::Host,
@@ -31,7 +32,7 @@ const ADDRESS: &str = "10.134.0.9";
 const STARTS: usize = 50;
 /// How long an application is alone in its pod: it listens, its proxy does not.
 const ALONE: Duration = Duration::from_millis(100);
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = PATIENCE;
 
 /// Clients that try an address again and again, whether or not anybody is there.
 struct Hammer {

@@ -1,9 +1,6 @@
 //! Pods of Istio's, with the rules of istio-init really in force.
 
-use std::{
-    io::{Read as _, Write as _},
-    time::{Duration, Instant},
-};
+use std::io::{Read as _, Write as _};
 
 use srcip_tests::{
     Family, client,
@@ -11,8 +8,8 @@ use srcip_tests::{
     peer::{self, Clients},
     process::run,
     proxy::{Kind, Proxy, with_istios_mark},
+    wait_until,
 };
-use srcip_user::sockets::TcpSocket;
 
 use crate::{
     detach::traces,
@@ -56,18 +53,6 @@ fn doctor(scenario: &Scenario) -> String {
     String::from_utf8(scenario.srcip.output(&arguments).unwrap().stdout).unwrap()
 }
 
-/// Another application, once the proxy has taken note of the end of the one before.
-fn restart_application(scenario: &mut Scenario) {
-    scenario.application = None;
-    let upstream = |socket: &TcpSocket| socket.is_connection() && socket.remote.port() == PORT;
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while scenario.pod.tcp_sockets().unwrap().iter().any(upstream) {
-        assert!(Instant::now() < deadline, "the proxy keeps connections to an application that is gone");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    scenario.application = Some(peer::application(&scenario.pod, &["[::]:8000"]).unwrap());
-}
-
 /// Attached after istio-init: both keep the address, and the rules work on once srcip has gone.
 fn beside_tproxy_rules(engine: Engine) {
     let mut scenario = http(engine);
@@ -81,7 +66,7 @@ fn beside_tproxy_rules(engine: Engine) {
         (0..5).for_each(|_| scenario.assert_kept(family));
     }
     // The proxy may have used the upstream connections of before srcip; of a new application, it has none.
-    restart_application(&mut scenario);
+    scenario.restart_application();
     let upstream = scenario.counter("upstream");
     Family::BOTH.into_iter().for_each(|family| scenario.assert_kept(family));
     assert_eq!(scenario.counter("upstream"), upstream + 2);
@@ -170,8 +155,7 @@ fn resets_reach_the_client(engine: Engine) {
         let mut end = [0; 1];
         assert_eq!(stream.read(&mut end).unwrap(), 0);
         stream.write_all(b"x").unwrap();
-        std::thread::sleep(Duration::from_millis(200));
-        assert!(stream.take_error().unwrap().is_some());
+        wait_until("the reset", || stream.take_error().unwrap().is_some());
         sidecar(&mut scenario, Kind::Envoy);
     }
 }

@@ -22,9 +22,9 @@ fn is_a_nodes(cluster: &Cluster, address: IpAddr) -> bool {
 }
 
 /// Asks the Service by way of one node.
-fn ask(cluster: &Cluster, node: u8, service: &Service, family: Family) -> Option<IpAddr> {
+fn ask(cluster: &Cluster, node: u8, service: &Service, family: Family) -> IpAddr {
     balancer::route(cluster, &[node]).unwrap();
-    client::ask_once(&cluster.client, service.dialled(family)).ok().map(|seen| seen.peer.ip())
+    client::ask_once(&cluster.client, service.dialled(family)).unwrap().peer.ip()
 }
 
 /// One pod on node 1.
@@ -43,7 +43,7 @@ fn under_cluster_the_application_sees_a_node() {
         kube_proxy::install(&cluster, &[&service]).unwrap();
         for family in Family::BOTH {
             for node in 1..=3 {
-                let seen = ask(&cluster, node, &service, family).unwrap();
+                let seen = ask(&cluster, node, &service, family);
                 assert!(is_a_nodes(&cluster, seen), "{network:?} by node {node}: {seen}");
                 // Nor does the NodePort let it through.
                 let to = cluster.node(node).host.socket(family, service.node_port);
@@ -62,11 +62,12 @@ fn under_local_it_sees_the_client_and_nodes_without_a_pod_are_dead_ends() {
         let service = Service::new("web").local().endpoint(1, &pod, APPLICATION_PORT);
         kube_proxy::install(&cluster, &[&service]).unwrap();
         for family in Family::BOTH {
-            let seen = ask(&cluster, 1, &service, family).unwrap();
+            let seen = ask(&cluster, 1, &service, family);
             assert_eq!(seen, cluster.client.address(family), "{network:?}");
         }
         // A client waits there for nothing.
-        assert_eq!(ask(&cluster, 2, &service, Family::V4), None);
+        balancer::route(&cluster, &[2]).unwrap();
+        client::connect_in_vain(&cluster.client, None, service.dialled(Family::V4)).unwrap();
     }
 }
 
@@ -83,7 +84,8 @@ fn endpoints_that_drain_serve_only_while_there_are_no_others() {
     let local = |cluster: &Cluster, service: &Service| {
         kube_proxy::install(cluster, &[service]).unwrap();
         balancer::route(cluster, &[1]).unwrap();
-        let mut seen = (0..20)
+        // Of two, one is missed by chance in 2^39 runs.
+        let mut seen = (0..40)
             .map(|_| client::ask_once(&cluster.client, service.dialled(Family::V4)).unwrap().local.ip())
             .collect::<Vec<_>>();
         seen.sort();

@@ -18,12 +18,7 @@ use std::{
     time::Duration,
 };
 
-use srcip_tests::{
-    Family,
-    client::{PATIENCE, connect},
-    host::Host,
-    options::never_fragment,
-};
+use srcip_tests::{Family, PATIENCE, client::connect, host::Host, options::never_fragment, wait_until};
 use srcip_user::{
     dataplane::record::TcHook,
     northsouth::{
@@ -185,17 +180,13 @@ fn who_sends_more_than_fits_into_the_tunnel_is_told() {
         let overhead = if family == Family::V4 { 20 } else { 40 };
         client.send(&vec![7; 1500 - header]).unwrap();
         // The error comes back at once; the kernel remembers it for this destination.
-        let refused = (0..200).any(|_| {
-            std::thread::sleep(Duration::from_millis(5));
+        wait_until(&format!("{family:?}: the client is told"), || {
             client.send(&vec![7; 1500 - header]).is_err_and(|e| e.raw_os_error() == Some(libc::EMSGSIZE))
         });
-        assert!(refused, "{family:?}: the client was not told");
         // Errors about what was sent meanwhile may still be waiting.
-        let sent = (0..200).any(|_| {
-            std::thread::sleep(Duration::from_millis(5));
+        wait_until(&format!("{family:?}: less fits"), || {
             client.send(&vec![8; 1500 - header - overhead]).is_ok()
         });
-        assert!(sent, "{family:?}: less does not fit either");
         let mut buffer = [0; 2000];
         let (length, peer) = application.udp.recv_from(&mut buffer).unwrap();
         assert_eq!(
@@ -233,11 +224,14 @@ fn without_endpoints_nothing_passes_and_removal_leaves_nothing() {
         let attempt = site.client.netns().run(|| std::net::TcpStream::connect_timeout(&to, limit));
         attempt.unwrap().unwrap_err().kind()
     };
-    assert_eq!(attempt(&site), std::io::ErrorKind::TimedOut);
-    assert!(site.nodes[0].programmer.counters().unwrap()["dropped_no_endpoint"] > 0);
+    // The first attempt may end before the client knows its neighbour.
+    wait_until("a SYN is dropped", || {
+        assert_eq!(attempt(&site), std::io::ErrorKind::TimedOut);
+        site.nodes[0].programmer.counters().unwrap()["dropped_no_endpoint"] > 0
+    });
 
     // Without us the node has nothing at this address, and says so: not at once to everybody, as the kernel does.
     site.remove(0);
-    assert!((0..10).any(|_| attempt(&site) != std::io::ErrorKind::TimedOut));
+    wait_until("an answer", || attempt(&site) != std::io::ErrorKind::TimedOut);
     assert!(!site.nodes[0].pins.join("northsouth").exists());
 }

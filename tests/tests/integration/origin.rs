@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use serde_json::Value;
-use srcip_tests::{Family, client, proxy::Kind};
+use srcip_tests::{Family, PATIENCE, client, proxy::Kind, wait_for};
 
 use crate::scenario::{Engine, PORT, Scenario};
 
@@ -19,7 +19,7 @@ fn envoy(engine: Engine) {
         let own = stream.local_addr().unwrap();
         client::http_get(&mut stream, "/logged").unwrap();
         let proxy = scenario.proxy.as_ref().unwrap();
-        let lines = wait_for(|| {
+        let lines = wait_for("the proxy's line", || {
             let log = proxy.access_log();
             let lines: Vec<Value> = log
                 .lines()
@@ -56,28 +56,30 @@ fn every_view(scenario: &Scenario) {
         // original destination for a name, the application's has the client for a peer.
         let mut stream = client::connect(&scenario.client, to).unwrap();
         let own = stream.local_addr().unwrap();
+        let application = scenario.application.as_ref().unwrap();
+        let held = application.log().matches("holding ").count();
         std::thread::scope(|scope| {
-            let request = scope.spawn(|| client::http_get(&mut stream, "/slow").unwrap());
-            let downstream = wait_for(|| {
-                let sockets = scenario.pod.tcp_sockets().unwrap();
-                sockets.into_iter().find(|s| s.is_connection() && s.remote == own)
+            let request = scope.spawn(|| client::http_get(&mut stream, "/hold").unwrap());
+            // By then there are both legs.
+            let peer: SocketAddr = wait_for("the application has the request", || {
+                let log = application.log();
+                let line = log[..log.rfind('\n')? + 1].lines().filter(|line| line.starts_with("holding "));
+                line.skip(held).next()?.strip_prefix("holding ")?.parse().ok()
             });
-            assert_eq!(downstream.local, to);
-            // The upstream leg comes a moment later; proxies may hold older ones open beside it.
-            let (mut sockets, mut ss) = (Vec::new(), String::new());
-            while !request.is_finished() {
-                sockets.extend(scenario.pod.tcp_sockets().unwrap());
-                ss += &scenario.pod.sh("ss -Htn").unwrap();
-                std::thread::sleep(std::time::Duration::from_millis(50));
-            }
-            let body = request.join().unwrap().body;
-            let peer: SocketAddr = body.split_whitespace().next().unwrap().parse().unwrap();
             let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
             assert_eq!(peer.ip(), own.ip());
+            let sockets = scenario.pod.tcp_sockets().unwrap();
+            let downstream = sockets.iter().find(|s| s.is_connection() && s.remote == own).unwrap();
+            assert_eq!(downstream.local, to);
             assert!(sockets.iter().any(|s| s.local == to && s.remote == peer), "{peer}: {sockets:?}");
             // The same as `ss` in the pod shows it.
+            let ss = scenario.pod.sh("ss -Htn").unwrap();
             let mapped = format!("[::ffff:{}]:{}", peer.ip(), peer.port());
             assert!(ss.contains(&peer.to_string()) || ss.contains(&mapped), "{peer} is not in\n{ss}");
+            // Asked by the pod itself, past the proxy.
+            let own_port = (std::net::Ipv4Addr::LOCALHOST, PORT).into();
+            client::http_get(&mut client::connect(&scenario.pod, own_port).unwrap(), "/release").unwrap();
+            request.join().unwrap();
         });
     }
     let steered = scenario.counter("steered");
@@ -157,7 +159,7 @@ fn udp_is_left_alone() {
             let server = scenario.pod.netns().run(|| UdpSocket::bind(to)).unwrap().unwrap();
             let client = scenario.client.netns().run(|| UdpSocket::bind(any)).unwrap().unwrap();
             for socket in [&server, &client] {
-                socket.set_read_timeout(Some(client::PATIENCE)).unwrap();
+                socket.set_read_timeout(Some(PATIENCE)).unwrap();
             }
             client.send_to(b"ping", to).unwrap();
             let mut buffer = [0; 8];
@@ -168,14 +170,4 @@ fn udp_is_left_alone() {
         }
         assert_eq!(scenario.counter("steered"), 0);
     }
-}
-
-fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
-    for _ in 0..500 {
-        if let Some(found) = look() {
-            return found;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    panic!("not within 10 s")
 }

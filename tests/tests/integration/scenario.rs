@@ -8,8 +8,10 @@ use srcip_tests::{
     process::Process,
     proxy::{Kind, Proxy},
     srcip::Srcip,
+    wait_until,
     world::World,
 };
+use srcip_user::sockets::TcpSocket;
 
 /// The engine a test asks for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,16 +108,23 @@ impl Scenario {
         assert!(!seen.proxied, "{family:?}: {seen:?}");
     }
 
+    /// Another HTTP application, once the proxy has taken note of the end of the one before: the proxy has no
+    /// connection to it yet.
+    pub fn restart_application(&mut self) {
+        self.application = None;
+        let upstream = |socket: &TcpSocket| socket.is_connection() && socket.remote.port() == PORT;
+        wait_until("the proxy has no connection to an application that is gone", || {
+            !self.pod.tcp_sockets().unwrap().iter().any(upstream)
+        });
+        self.application = Some(peer::application(&self.pod, &["[::]:8000"]).unwrap());
+    }
+
     /// Waits until the proxy's port has this many listeners.
     pub fn wait_for_listeners(&self, count: usize) {
-        for _ in 0..2000 {
+        wait_until(&format!("there are {count} listeners"), || {
             let sockets = self.pod.tcp_sockets().unwrap();
-            if sockets.iter().filter(|s| s.is_listener() && s.local.port() == 15006).count() == count {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        panic!("there are not {count} listeners");
+            sockets.iter().filter(|s| s.is_listener() && s.local.port() == 15006).count() == count
+        });
     }
 
     pub fn counter(&self, name: &str) -> u64 {

@@ -17,8 +17,10 @@ use std::{
 use prometheus_client::metrics::counter::Counter;
 use serde_json::{Value, json};
 use srcip_tests::{
+    PATIENCE,
     apiserver::{ApiServer, faults::Faults},
     scratch::Scratch,
+    wait_until as eventually,
 };
 use srcip_user::agent::{
     pod::{PodInfo, PodName, PodUid},
@@ -37,7 +39,7 @@ use tokio::{
 const NODE: &str = "node-1";
 
 /// What comes, comes within this time.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = PATIENCE;
 
 /// Makes a test of each function for each source; the function takes the kind.
 macro_rules! sources {
@@ -53,11 +55,11 @@ enum Kind {
     Manifests,
 }
 
-/// Delays that suit a test.
+/// Delays that suit a test. No answer comes so late, by itself, that it is asked for once more.
 fn kube_timing() -> kube_source::Timing {
     kube_source::Timing {
-        request: Duration::from_secs(2),
-        fetch: Duration::from_secs(1),
+        request: SOON,
+        fetch: SOON,
         watch: Duration::from_secs(30),
         first_delay: Duration::from_millis(20),
         longest_delay: Duration::from_millis(200),
@@ -110,6 +112,11 @@ struct Rig {
 impl Rig {
     /// A source that has begun, of a place that is `prepared` first.
     fn new(kind: Kind, prepare: impl FnOnce(&Place<'_>)) -> Self {
+        Self::with(kind, kube_timing(), prepare)
+    }
+
+    /// The same with delays of its own for the API.
+    fn with(kind: Kind, timing: kube_source::Timing, prepare: impl FnOnce(&Place<'_>)) -> Self {
         let scratch = Scratch::new().unwrap();
         let server = ApiServer::start().unwrap();
         let directory = manifests_of(&scratch);
@@ -118,9 +125,8 @@ impl Rig {
         let background = Background::start();
         let source = background.wait(async {
             match kind {
-                Kind::Kube => {
-                    Box::new(kube_of(&server, &scratch, Counter::default()).await) as Box<dyn Source>
-                }
+                Kind::Kube => Box::new(kube_with(&server, &scratch, timing, Counter::default()).await)
+                    as Box<dyn Source>,
                 Kind::Manifests => {
                     Box::new(ManifestSource::start(&manifests_of(&scratch), Some(NODE), manifest_timing()))
                 }
@@ -169,9 +175,18 @@ fn manifests_of(scratch: &Scratch) -> PathBuf {
 }
 
 async fn kube_of(server: &ApiServer, scratch: &Scratch, lost: Counter) -> KubeSource {
+    kube_with(server, scratch, kube_timing(), lost).await
+}
+
+async fn kube_with(
+    server: &ApiServer,
+    scratch: &Scratch,
+    timing: kube_source::Timing,
+    lost: Counter,
+) -> KubeSource {
     let config = server.kubeconfig(scratch.path()).unwrap();
     let client = connect(Some(&config)).await.unwrap();
-    KubeSource::start(client, NODE, kube_timing(), lost).unwrap()
+    KubeSource::start(client, NODE, timing, lost).unwrap()
 }
 
 /// Where pods are made and removed.
@@ -246,15 +261,6 @@ fn names(snapshot: &Snapshot) -> Vec<&str> {
     let mut names: Vec<&str> = snapshot.pods.values().map(|pod| &*pod.name.name).collect();
     names.sort_unstable();
     names
-}
-
-/// Waits until something holds.
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + SOON;
-    while !holds() {
-        assert!(Instant::now() < deadline, "not within {SOON:?}: {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }
 
 sources!(

@@ -7,7 +7,7 @@ use std::{
 };
 
 use srcip_tests::{
-    Family, client,
+    Family, PATIENCE, client,
     peer::Clients,
     proxy::{Kind, Proxy},
 };
@@ -42,7 +42,7 @@ fn time_wait_reuse(engine: Engine) {
             assert!(response.contains(&from.ip().to_string()), "round {round}: {response}");
             drop(stream);
             // The client's end is gone once its last segment has been acknowledged.
-            let deadline = Instant::now() + Duration::from_secs(10);
+            let deadline = Instant::now() + PATIENCE;
             while scenario.client.tcp_sockets().unwrap().iter().any(|s| s.local.port() == 45678) {
                 assert!(Instant::now() < deadline, "round {round}: the client's end stays");
                 std::thread::sleep(Duration::from_millis(2));
@@ -85,8 +85,9 @@ fn retransmitted_attempts(engine: Engine) {
     for (host, chain) in [(&scenario.client, "OUTPUT"), (&scenario.pod, "INPUT -i lo")] {
         for (family, restore) in [(Family::V4, "iptables-restore"), (Family::V6, "ip6tables-restore")] {
             let lose = "-p tcp --syn -m statistic --mode nth --every 2 --packet 0 -j DROP";
-            host.feed(restore, &format!("*filter\n-A {chain} {lose}\nCOMMIT\n")).unwrap();
             for _ in 0..3 {
+                // Anew each time: one that was sent once more than expected would leave the count odd.
+                host.feed(restore, &format!("*filter\n-A {chain} {lose}\nCOMMIT\n")).unwrap();
                 let start = Instant::now();
                 let mut stream = connect(&scenario, family);
                 let own = stream.local_addr().unwrap();
@@ -120,7 +121,11 @@ fn a_full_accept_queue(engine: Engine) {
         std::net::TcpListener::from(socket)
     });
     let listener = listener.unwrap();
-    scenario.proxy = Some(Proxy::start(&scenario.pod, Kind::EnvoyTcp).unwrap());
+    let proxy = Proxy::start_with(&scenario.pod, Kind::EnvoyTcp, |config| {
+        // It does not give up while this test looks.
+        config.replace("connect_timeout: 10s", "connect_timeout: 100s")
+    });
+    scenario.proxy = Some(proxy.unwrap());
     scenario.attach("");
     for family in Family::BOTH {
         let loopback = match family {
@@ -133,7 +138,7 @@ fn a_full_accept_queue(engine: Engine) {
         let before = drops();
         let stream = connect(&scenario, family);
         let own = stream.local_addr().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         while drops() == before {
             assert!(Instant::now() < deadline, "no SYN met a full queue");
             std::thread::sleep(Duration::from_millis(20));
@@ -147,7 +152,7 @@ fn a_full_accept_queue(engine: Engine) {
 }
 
 fn accept(listener: &std::net::TcpListener) -> SocketAddr {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     loop {
         match listener.accept() {
             Ok((_, peer)) => return peer,
@@ -182,8 +187,8 @@ fn bulk_both_ways(engine: Engine) {
         let scenario = Scenario::tcp(engine, kind);
         for family in Family::BOTH {
             let mut stream = connect(&scenario, family);
-            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-            stream.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            stream.set_write_timeout(Some(PATIENCE)).unwrap();
             let mut greeting = [0];
             while greeting != *b"\n" {
                 stream.read_exact(&mut greeting).unwrap();

@@ -14,6 +14,7 @@ use srcip_tests::{
     peer::Clients,
     process::Process,
     proxy::{Kind, Proxy},
+    wait_for, wait_until,
 };
 use srcip_user::{
     dataplane::Dataplane,
@@ -25,6 +26,7 @@ use srcip_user::{
 
 use crate::{
     engines,
+    mirror::ASIDE,
     scenario::{Engine, PORT, Scenario},
 };
 
@@ -70,26 +72,33 @@ fn clients(scenario: &Scenario) -> Vec<IpAddr> {
 }
 
 /// Does something for each client, as it, several at a time.
-fn for_each_client(scenario: &Scenario, each: impl Fn(SocketAddr) + Sync) {
+fn for_each_client(scenario: &Scenario, each: impl Fn(IpAddr) + Sync) {
     let netns = scenario.client.netns();
     std::thread::scope(|scope| {
         for chunk in clients(scenario).chunks(5) {
             let (chunk, each) = (chunk.to_vec(), &each);
             scope.spawn(move || {
-                netns.run(|| chunk.into_iter().for_each(|from| each(SocketAddr::new(from, 0)))).unwrap();
+                netns.run(|| chunk.into_iter().for_each(&each)).unwrap();
             });
         }
     });
 }
 
+/// Asks on a fresh connection of a client's, from a port of its own: Envoy's lines of two connections from one port
+/// could not be told apart.
+fn ask_from(client: IpAddr, number: u16, to: SocketAddr) {
+    let from = SocketAddr::new(client, ASIDE + number);
+    client::ask(&mut connect_here(Some(from), to).unwrap()).unwrap();
+}
+
 /// 50 clients, 10,000 requests: half of them on connections that are kept, half on fresh ones.
 fn send_requests(scenario: &Scenario) {
     let to = scenario.pod.socket(Family::V4, PORT);
-    for_each_client(scenario, |from| {
-        let mut kept = connect_here(Some(from), to).unwrap();
-        for _ in 0..100 {
+    for_each_client(scenario, |client| {
+        let mut kept = connect_here(Some(SocketAddr::new(client, ASIDE)), to).unwrap();
+        for number in 1..=100 {
             client::ask(&mut kept).unwrap();
-            client::ask(&mut connect_here(Some(from), to).unwrap()).unwrap();
+            ask_from(client, number, to);
         }
     });
 }
@@ -97,15 +106,22 @@ fn send_requests(scenario: &Scenario) {
 struct Comparison {
     exact: usize,
     inferred: usize,
-    lines: usize,
 }
 
-/// Compares every line of Envoy's access log with our record of that connection.
+/// What Envoy has logged of these clients; it writes when it likes.
+fn logged(proxy: &Proxy, clients: &[IpAddr]) -> Vec<Value> {
+    let log = proxy.access_log();
+    let whole = log.rfind('\n').map_or("", |end| &log[..end]);
+    let lines = whole.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.filter(|line| clients.contains(&field(line, FIELDS[0]).unwrap().ip())).collect()
+}
+
+/// Compares every line of Envoy's access log with our record of that connection: of so many requests on so many
+/// connections.
 fn compare(
     scenario: &Scenario,
-    proxy: &Proxy,
     observe: &mut Process,
-    expected: usize,
+    (requests, expected): (usize, usize),
     pooling: bool,
 ) -> Comparison {
     observe
@@ -120,18 +136,17 @@ fn compare(
     for record in records(observe) {
         if record["event"] == "close" && record["leg"] == "downstream" {
             let remote = field(&record, FIELDS[0]).unwrap();
-            // A client's port may be used again; Envoy's lines of the two could not be told apart.
             assert!(ours.insert(remote, record).is_none(), "{remote} came twice");
         }
     }
-    let mut comparison = Comparison { exact: 0, inferred: 0, lines: 0 };
-    for line in proxy.access_log().lines() {
-        let theirs: Value = serde_json::from_str(line).unwrap();
-        let remote = field(&theirs, FIELDS[0]).unwrap();
-        if !clients.contains(&remote.ip()) {
-            continue;
-        }
-        comparison.lines += 1;
+    let lines = wait_for("Envoy's log has all requests", || {
+        let lines = logged(scenario.proxy.as_ref().unwrap(), &clients);
+        (lines.len() >= requests).then_some(lines)
+    });
+    assert_eq!(lines.len(), requests);
+    let mut comparison = Comparison { exact: 0, inferred: 0 };
+    for line in &lines {
+        let remote = field(line, FIELDS[0]).unwrap();
         let record = ours.get(&remote).unwrap_or_else(|| panic!("no record of {remote}: {line}"));
         assert_eq!(record["preserved"], true, "{record}");
         assert_eq!(field(record, "origin"), Some(remote), "{record}");
@@ -141,12 +156,12 @@ fn compare(
         comparison.inferred += usize::from(!exact);
         if exact || !pooling {
             for name in FIELDS {
-                assert_eq!(field(record, name), field(&theirs, name), "{name}\n{record}\n{line}");
+                assert_eq!(field(record, name), field(line, name), "{name}\n{record}\n{line}");
             }
         } else {
             for name in FIELDS {
                 let ip = |value: &Value| field(value, name).map(|address| address.ip());
-                assert_eq!(ip(record), ip(&theirs), "{name}\n{record}\n{line}");
+                assert_eq!(ip(record), ip(line), "{name}\n{record}\n{line}");
             }
         }
     }
@@ -177,8 +192,7 @@ fn agrees_with_envoy_one_to_one(engine: Engine) {
     });
     let mut observe = observe(&scenario, "--leg downstream");
     fresh_requests(&scenario);
-    let compared = compare(&scenario, scenario.proxy.as_ref().unwrap(), &mut observe, 5000, false);
-    assert_eq!(compared.lines, 5000);
+    let compared = compare(&scenario, &mut observe, (5000, 5000), false);
     // A client that opens the next connection before Envoy has closed the last one has two for a moment,
     // and what is said of these, and after them, is right, but not certain.
     assert!(compared.exact > 0, "{} {}", compared.exact, compared.inferred);
@@ -188,11 +202,7 @@ fn agrees_with_envoy_one_to_one(engine: Engine) {
 /// 50 clients, 5,000 requests on fresh connections.
 fn fresh_requests(scenario: &Scenario) {
     let to = scenario.pod.socket(Family::V4, PORT);
-    for_each_client(scenario, |from| {
-        for _ in 0..100 {
-            client::ask(&mut connect_here(Some(from), to).unwrap()).unwrap();
-        }
-    });
+    for_each_client(scenario, |client| (1..=100).for_each(|number| ask_from(client, number, to)));
 }
 
 /// Envoy keeps upstream connections and uses them for other connections of the same client.
@@ -200,8 +210,7 @@ fn agrees_with_envoy_pooling(engine: Engine) {
     let scenario = scenario(engine, |config| config);
     let mut observe = observe(&scenario, "--leg downstream");
     send_requests(&scenario);
-    let compared = compare(&scenario, scenario.proxy.as_ref().unwrap(), &mut observe, 50 + 5000, true);
-    assert_eq!(compared.lines, 10_000);
+    let compared = compare(&scenario, &mut observe, (10_000, 50 + 5000), true);
     assert!(compared.inferred > 0 && compared.exact > 0, "{} {}", compared.exact, compared.inferred);
 }
 
@@ -215,14 +224,16 @@ fn observer(scenario: &Scenario) -> Observer {
     Observer::start(&Dataplane::new(scenario.srcip.pin_path().to_owned()), &options).unwrap()
 }
 
-/// Reads until nothing more comes.
-fn drain(observer: &mut Observer, mut each: impl FnMut(Record)) {
+/// Reads until so many connections have ended, and then until nothing more comes.
+fn drain(observer: &mut Observer, ended: usize, mut each: impl FnMut(Record)) {
     let mut quiet = 0;
-    while quiet < 25 {
+    wait_until(&format!("{ended} connections have ended"), || {
         let count = observer.poll(&mut each).unwrap();
-        quiet = if count == 0 { quiet + 1 } else { 0 };
+        let is_over = observer.accounting().unwrap().closed >= ended as u64;
+        quiet = if is_over && count == 0 { quiet + 1 } else { 0 };
         std::thread::sleep(POLL_INTERVAL);
-    }
+        quiet == 25
+    });
 }
 
 fn assert_all_accounted_for(accounting: &Accounting) {
@@ -241,7 +252,8 @@ fn every_end_is_told_of(engine: Engine) {
         assert_eq!((opened.good, opened.errors.len()), (CONNECTIONS, 0), "{:?}", opened.errors.first());
     }
     let mut seen: HashMap<(Leg, bool), usize> = HashMap::new();
-    drain(&mut observer, |record| {
+    let ends = 2 * 2 * CONNECTIONS;
+    drain(&mut observer, ends, |record| {
         *seen.entry((record.leg, record.event == EventKind::Open)).or_default() += 1;
         assert_ne!(record.preserved, Some(false), "{record:?}");
         // The clients send nothing and are greeted: a SYN is no payload.
@@ -253,8 +265,7 @@ fn every_end_is_told_of(engine: Engine) {
     let accounting = observer.accounting().unwrap();
     assert_all_accounted_for(&accounting);
     assert_eq!((accounting.opened_lost, accounting.closed_lost), (0, 0));
-    let ends = (2 * 2 * CONNECTIONS) as u64;
-    assert_eq!((accounting.opened, accounting.closed), (ends, ends));
+    assert_eq!((accounting.opened, accounting.closed), (ends as u64, ends as u64));
     for leg in [Leg::Downstream, Leg::Upstream] {
         for open in [true, false] {
             assert_eq!(seen.get(&(leg, open)), Some(&(2 * CONNECTIONS)), "{leg} {open} {seen:?}");
@@ -275,14 +286,14 @@ fn a_stalled_reader_loses_events_but_no_count() {
     assert_eq!((opened.good, opened.errors.len()), (CONNECTIONS, 0), "{:?}", opened.errors.first());
     let stalled = observer.accounting().unwrap();
     assert!(stalled.opened_lost > 0 && stalled.closed_lost > 0, "the ring buffer holds more: {stalled:?}");
-    drain(&mut observer, |_| {});
+    drain(&mut observer, CONNECTIONS, |_| {});
     let accounting = observer.accounting().unwrap();
     assert_all_accounted_for(&accounting);
     assert_eq!((accounting.opened, accounting.closed), (CONNECTIONS as u64, CONNECTIONS as u64));
     // From here on it keeps up again.
     let opened = Clients::new(to, 100, 10).visit(&scenario.client).unwrap();
     assert_eq!(opened.good, 100);
-    drain(&mut observer, |_| {});
+    drain(&mut observer, CONNECTIONS + 100, |_| {});
     let after = observer.accounting().unwrap();
     assert_eq!(after.opened_delivered, accounting.opened_delivered + 100);
     assert_eq!(after.lost(), accounting.lost());
@@ -297,7 +308,7 @@ fn bytes_and_ends() {
     let mut observer = observer(&scenario);
     let mut closed = |port: u16| {
         let mut found = None;
-        for _ in 0..250 {
+        wait_for(&format!("the end of the connection from port {port} is told of"), || {
             observer
                 .poll(|record| {
                     let from = record.downstream_remote_address.map(|address| address.0.port());
@@ -306,12 +317,8 @@ fn bytes_and_ends() {
                     }
                 })
                 .unwrap();
-            if let Some(totals) = found {
-                return totals;
-            }
-            std::thread::sleep(POLL_INTERVAL);
-        }
-        panic!("the end of the connection from port {port} is not told of");
+            found
+        })
     };
     for (family, size) in [(Family::V4, 0), (Family::V4, 1), (Family::V6, 100_000), (Family::V4, 3_000_000)] {
         let to = scenario.pod.socket(family, PORT);

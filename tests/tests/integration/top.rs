@@ -20,7 +20,7 @@ use nix::{
     unistd::Pid,
 };
 use srcip_tests::{
-    Family, client,
+    Family, PATIENCE, client,
     observe::{programs, wait_for_programs},
     peer,
     proxy::{Kind, Proxy},
@@ -94,7 +94,7 @@ impl Top {
 
     /// Waits until a line has all of these.
     fn wait_for(&mut self, parts: &[&str]) -> String {
-        let deadline = Instant::now() + Duration::from_secs(15);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             self.pump();
             let contents = self.contents();
@@ -129,7 +129,7 @@ impl Top {
     }
 
     fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + PATIENCE;
         loop {
             self.pump();
             if let Some(status) = self.child.try_wait().unwrap() {

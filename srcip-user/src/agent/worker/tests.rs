@@ -182,7 +182,7 @@ impl Running {
     }
 
     fn wait(&self, what: &str, done: impl Fn(&Self) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !done(self) {
             assert!(Instant::now() < deadline, "never: {what}; attached: {:?}", self.attached());
             thread::sleep(Duration::from_millis(5));
@@ -261,17 +261,17 @@ fn draining_waits_for_connections_but_not_for_ever() {
         })
     };
     web.annotations.insert("srcip.io/steer".to_owned(), "false".to_owned());
+    let stopped = Instant::now();
     agent.tell(std::slice::from_ref(&web));
     agent.wait("draining", draining);
-    let stopped = Instant::now();
     agent.wait("given up", |agent| agent.attached().is_empty());
-    assert!(stopped.elapsed() > Duration::from_secs(1), "{:?}", stopped.elapsed());
+    assert!(stopped.elapsed() >= Duration::from_secs(2), "{:?}", stopped.elapsed());
 }
 
 fn announce(agent: &Running, pod: &PodInfo) -> Result<(), String> {
     let (reply, answer) = sync_channel(1);
     agent.jobs.send(add_request(pod, reply)).unwrap();
-    answer.recv_timeout(Duration::from_secs(20)).unwrap()
+    answer.recv_timeout(Duration::from_secs(60)).unwrap()
 }
 
 /// Our own network namespace stands for a pod's.
@@ -286,7 +286,7 @@ fn add_request(pod: &PodInfo, reply: SyncSender<Result<(), String>>) -> Job {
         uid: pod.node_uid.clone(),
         name: pod.name.clone(),
         wanted,
-        deadline: Instant::now() + Duration::from_secs(10),
+        deadline: Instant::now() + Duration::from_secs(60),
         reply,
     };
     Job::Add(Box::new(add))
@@ -322,7 +322,7 @@ fn a_request_between_two_steps_is_in_nobodys_way() {
     let add = add_request(&web, asked);
     agent.backend.with(|kernel| kernel.meanwhile = Some(Box::new(move || jobs.send(add).unwrap())));
     agent.tell(&pods);
-    answer.recv_timeout(Duration::from_secs(20)).unwrap().unwrap();
+    answer.recv_timeout(Duration::from_secs(60)).unwrap().unwrap();
     agent.wait("all are steered", |agent| agent.attached().len() == 21);
     assert!(pods.iter().all(|pod| !matches!(agent.state(pod), Some(PodState::Failed(_)))));
     assert_eq!(agent.backend.with(|kernel| kernel.attached.len()), 21, "each once");

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::cni::config::POD_ANNOTATIONS;
+use crate::{agent::protocol::MAX_TIMEOUT, cni::config::POD_ANNOTATIONS};
 
 /// Calls the plugin for a pod whose agent is absent.
 fn call(command: &str, configuration: &Value) -> Result<String, String> {
@@ -95,13 +95,14 @@ fn the_message_says_what_to_do() {
 fn who_needs_no_agent_does_not_wait() {
     let started = Instant::now();
     for annotations in [json!({}), json!({"other": "x"}), json!({"srcip.io/steer": "false"})] {
-        call("ADD", &annotated(annotations)).unwrap();
+        let mut configuration = annotated(annotations);
+        configuration["timeoutSeconds"] = MAX_TIMEOUT.as_secs().into();
+        call("ADD", &configuration).unwrap();
     }
-    assert!(started.elapsed() < Duration::from_millis(200), "{:?}", started.elapsed());
+    assert!(started.elapsed() < MAX_TIMEOUT, "{:?}", started.elapsed());
     let started = Instant::now();
     call("ADD", &annotated(json!({"srcip.io/steer": "true"}))).unwrap_err();
-    let took = started.elapsed();
-    assert!(took > Duration::from_millis(300) && took < Duration::from_millis(1500), "{took:?}");
+    assert!(started.elapsed() > Duration::from_millis(300), "{:?}", started.elapsed());
 }
 
 #[test]

@@ -24,7 +24,7 @@ async fn ask(ip: IpAddr, port: u16) -> Option<(u16, String, String)> {
     let mut stream = TcpStream::connect((ip, port)).await.ok()?;
     stream.write_all(b"GET /anything HTTP/1.1\r\nHost: node\r\n\r\n").await.ok()?;
     let mut text = String::new();
-    timeout(Duration::from_secs(10), stream.read_to_string(&mut text)).await.ok()?.ok()?;
+    timeout(Duration::from_secs(60), stream.read_to_string(&mut text)).await.ok()?.ok()?;
     let (head, body) = text.split_once("\r\n\r\n")?;
     let status = head.split_whitespace().nth(1)?.parse().ok()?;
     Some((status, head.to_lowercase(), body.to_owned()))
@@ -32,7 +32,7 @@ async fn ask(ip: IpAddr, port: u16) -> Option<(u16, String, String)> {
 
 /// Asks until the answer has this status, 0 for none.
 async fn wait_for(port: u16, status: u16) {
-    for _ in 0..1000 {
+    for _ in 0..6000 {
         if ask(Ipv4Addr::LOCALHOST.into(), port).await.map_or(0, |(status, ..)| status) == status {
             return;
         }
@@ -85,7 +85,7 @@ async fn servers_come_change_and_go_with_the_services() {
     sender.send_modify(|checks| checks.ports.clear());
     wait_for(port, 0).await;
     drop(sender);
-    timeout(Duration::from_secs(10), serving).await.unwrap().unwrap();
+    timeout(Duration::from_secs(60), serving).await.unwrap().unwrap();
 }
 
 /// kube-proxy has the port, and gives it back.

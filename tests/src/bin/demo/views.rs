@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
-use srcip_tests::{Family, client, peer::APPLICATION_PORT, proxy::Proxy};
+use srcip_tests::{Family, PATIENCE, client, peer::APPLICATION_PORT, proxy::Proxy};
 
 use crate::{Stage, hosts::Hosts, screen::Screen, sidecar::Sidecar};
 
@@ -86,7 +86,7 @@ fn application_socket(hosts: &Hosts, destination: SocketAddr) -> Result<(String,
 
 /// The line that tells of the connection from `client`; proxies write it a little later.
 fn access_log_of(stage: &Stage<'_>, proxy: &Proxy, client: SocketAddr) -> Result<(Value, AccessLog)> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         stage.signals.check()?;
         for line in stage.sidecar.access_log(proxy).lines() {

@@ -33,7 +33,9 @@ fn tproxy() -> Value {
 fn network<'a>(setup: &Setup, node: &'a Host, mut settings: Value) -> Network<'a> {
     settings["socket"] = json!(setup.socket());
     settings["pinPath"] = json!(setup.srcip().pin_path());
-    settings["timeoutSeconds"] = json!(2);
+    if settings["timeoutSeconds"].is_null() {
+        settings["timeoutSeconds"] = json!(60);
+    }
     Network::bridged(node, "1.1.0", &settings)
 }
 
@@ -111,6 +113,8 @@ fn del_and_gc() {
     rig.setup.put("first", &Value::Null).unwrap();
     network.del(&first.sandbox, &results[0]).unwrap();
     agent.wait_gone("shop/first").unwrap();
+    // What follows is not told by the object that has gone.
+    agent.wait("it has looked", |agent| agent.status().unwrap()["agent"]["pods"] == 3).unwrap();
 
     let gone = |pod: Pod| {
         let name = pod.host.name().to_owned();
@@ -192,7 +196,9 @@ fn nobody_tells_annotations(mut rig: Rig) {
     assert!(agent.steers("shop/web"));
     network.add(&plain.sandbox).unwrap();
     assert!(!agent.steers("shop/plain"));
-    let (code, text) = refusal(network.add(&unknown.sandbox));
+    // What nobody knows is waited for.
+    let impatient = self::network(&rig.setup, rig.world.node(), json!({"timeoutSeconds": 2}));
+    let (code, text) = refusal(impatient.add(&unknown.sandbox));
     assert_eq!(code, 11, "{text}");
     assert!(text.contains("nobody tells whether pod shop/unknown is to be steered"), "{text}");
     assert!(text.contains("the source of pods does not know the pod shop/unknown"), "{text}");

@@ -18,9 +18,10 @@ fn asked_for_by_annotation(mut rig: Rig) {
     rig.assert_kept(&web.host);
     let attachment = rig.agent().attachment("shop/web").unwrap().unwrap();
     assert_eq!(attachment["pod"]["uid"], web.object["metadata"]["uid"]);
-    let (code, text) = rig.agent().get("/readyz").unwrap();
-    assert_eq!((code, text.as_str()), (200, "ok"));
-    assert_eq!(rig.agent().metric("srcip_agent_pods{state=\"steered\"}").unwrap(), 1.0);
+    // What it tells of itself follows at the end of the round.
+    rig.agent().wait("ready", |agent| agent.get("/readyz").unwrap() == (200, "ok".to_owned())).unwrap();
+    let steered = |agent: &Agent| agent.metric("srcip_agent_pods{state=\"steered\"}").unwrap();
+    rig.agent().wait("counted", |agent| steered(agent) == 1.0).unwrap();
 
     // In place: connections go on being steered while it changes.
     let load = Load::start(&rig.client, web.host.socket(Family::V4, PORT), 2).unwrap();
@@ -73,24 +74,22 @@ fn bad_values(mut rig: Rig) {
     rig.agent().wait_steered("shop/good").unwrap();
     rig.assert_kept(&good.host);
     rig.assert_direct(&bad.host);
+    // What it tells of them follows at the end of the round.
+    let series = "srcip_agent_refused_pods{reason=\"InvalidAnnotation\"}";
+    rig.agent().wait("counted", |agent| agent.metric(series).is_ok_and(|count| count == 1.0)).unwrap();
     let (reason, note) = rig.agent().problem("shop/bad").unwrap().unwrap();
     assert_eq!(reason, "InvalidAnnotation");
     assert!(note.contains("srcip.io/proxy-port is \"http\""), "{note}");
     assert_eq!(rig.agent().problem("shop/host").unwrap().unwrap().0, "HostNetwork");
-    let series = "srcip_agent_refused_pods{reason=\"InvalidAnnotation\"}";
-    assert_eq!(rig.agent().metric(series).unwrap(), 1.0);
     if let Cluster::Api(server) = &rig.cluster {
         let told = |name: &str, reason: &str| {
             let events = server.events();
             let is_it = |event: &&Value| event["regarding"]["name"] == name && event["reason"] == reason;
             events.iter().filter(is_it).count()
         };
-        for _ in 0..500 {
-            if told("bad", "InvalidAnnotation") > 0 && told("host", "HostNetwork") > 0 {
-                break;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+        wait_until("both are told of", || {
+            told("bad", "InvalidAnnotation") > 0 && told("host", "HostNetwork") > 0
+        });
         assert_eq!((told("bad", "InvalidAnnotation"), told("host", "HostNetwork")), (1, 1));
     } else {
         let log = rig.agent().process.log();
@@ -100,7 +99,7 @@ fn bad_values(mut rig: Rig) {
     rig.put(bad.annotate("srcip.io/proxy-port", Some("15006")));
     rig.agent().wait_steered("shop/bad").unwrap();
     rig.assert_kept(&bad.host);
-    assert_eq!(rig.agent().problem("shop/bad").unwrap(), None);
+    rig.agent().wait("no problem", |agent| agent.problem("shop/bad").unwrap().is_none()).unwrap();
 }
 
 /// A selector of the configuration means pods that say nothing; one that says no is left alone.

@@ -11,7 +11,7 @@ use std::{
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::Value;
-use srcip_tests::{Family, proxy::Kind};
+use srcip_tests::{Family, PATIENCE, proxy::Kind};
 
 use super::{Export, command, connections, visit, wait_for, wait_for_value};
 use crate::scenario::{Engine, PORT, Scenario};
@@ -163,7 +163,7 @@ fn stdout_that_nobody_reads_any_more_ends_it() {
             if !idle {
                 visit(&scenario, 1);
             }
-            assert!(start.elapsed() < Duration::from_secs(10), "it still runs, idle: {idle}");
+            assert!(start.elapsed() < PATIENCE, "it still runs, idle: {idle}");
             std::thread::sleep(Duration::from_millis(20));
         }
         let rest: Vec<_> = said.map(Result::unwrap).collect();
@@ -187,7 +187,7 @@ fn a_reader_that_stalls_holds_nothing_up() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     let start = Instant::now();
     while child.try_wait().unwrap().is_none() {
-        assert!(start.elapsed() < Duration::from_secs(15), "it does not end");
+        assert!(start.elapsed() < PATIENCE, "it does not end");
         std::thread::sleep(Duration::from_millis(20));
     }
     assert_eq!(child.wait().unwrap().code(), Some(0));

@@ -1,13 +1,13 @@
 //! What the metrics say is what was sent.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::signal::Signal,
 };
 use srcip_tests::{
-    Family, peer,
+    Family, PATIENCE, peer,
     process::sh,
     proxy::{Kind, Proxy},
 };
@@ -119,7 +119,7 @@ fn a_signal_ends_it() {
         let mut export = Export::start(&scenario, "");
         assert_ne!(attached(), before, "it watches");
         export.process.signal(signal).unwrap();
-        let status = export.process.wait(Duration::from_secs(10)).unwrap();
+        let status = export.process.wait(PATIENCE).unwrap();
         assert_clean(status, &export.process.log());
         assert_eq!(attached(), before, "{signal}");
     }
@@ -136,9 +136,8 @@ fn a_command_that_hangs_holds_nothing_up() {
     let pins = std::fs::File::open(scenario.srcip.pin_path()).unwrap();
     let lock = Flock::lock(pins, FlockArg::LockExclusive).unwrap();
     let status = |page: &str| value(page, "srcip_status_age_seconds");
-    let asked = Instant::now();
+    // Whoever waited for the lock would wait for ever.
     assert!(status(&scrape(&scenario)).unwrap().is_nan(), "it cannot be read");
-    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
     // Until pods have been looked for again, which reads what is attached.
     std::thread::sleep(Duration::from_secs(6));
     visit(&scenario, 3);

@@ -67,7 +67,8 @@ fn connections_stay_with_a_pod_that_drains_and_new_ones_go_elsewhere() {
     balancer::route(&cluster, &[3]).unwrap();
     let mut open: Vec<_> = Family::BOTH
         .into_iter()
-        .flat_map(|family| (0..10).map(move |_| family))
+        // Chance leaves one of two out in one of 2^39 runs.
+        .flat_map(|family| (0..20).map(move |_| family))
         .map(|family| Conversation::open(&cluster, &service, family))
         .collect();
     let drained = Family::BOTH.map(|family| pods[0].1.address(family));
@@ -148,7 +149,8 @@ fn a_pod_that_is_killed_and_a_node_that_is_lost_take_nobody_along() {
     balancer::route(&cluster, &[1]).unwrap();
     let mut open: Vec<_> = Family::BOTH
         .into_iter()
-        .flat_map(|family| (0..15).map(move |_| family))
+        // Chance leaves one of three out in less than one of 10^9 runs.
+        .flat_map(|family| (0..30).map(move |_| family))
         .map(|family| Conversation::open(&cluster, &service, family))
         .collect();
     let is_of = |conversation: &Conversation, index: usize| {
@@ -188,8 +190,7 @@ fn a_pod_that_is_killed_and_a_node_that_is_lost_take_nobody_along() {
     applications[0].kill();
     service.endpoints[0].state = State::Down;
     agents.update(&cluster, &[&service]).unwrap();
-    let at_once = |service: &Service| client::connect(&cluster.client, service.dialled(Family::V4));
-    assert!(at_once(&service).is_err());
+    client::connect_in_vain(&cluster.client, None, service.dialled(Family::V4)).unwrap();
     let _again = peer::echo(&pods[1].1, &["[::]:8000"]).unwrap();
     service.endpoints[1].state = State::Ready;
     agents.update(&cluster, &[&service]).unwrap();

@@ -14,6 +14,7 @@ use srcip_tests::{
     },
     peer::{self, APPLICATION_PORT},
     proxy::{Kind, Proxy},
+    wait_until,
 };
 
 use crate::kube_proxy::curl;
@@ -62,10 +63,8 @@ fn the_clients_address_goes_from_the_edge_to_the_applications_log() {
             }
         }
         // It writes its log when it likes.
-        let has_all = || {
-            std::thread::sleep(std::time::Duration::from_millis(50));
+        wait_until("the application's sidecar had them all", || {
             sidecar.access_log().lines().count() >= count
-        };
-        assert!((0..400).any(|_| has_all()), "the application's sidecar had them all");
+        });
     }
 }

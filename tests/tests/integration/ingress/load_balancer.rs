@@ -1,7 +1,5 @@
 //! A load balancer that asks the nodes' health check ports.
 
-use std::time::Duration;
-
 use srcip_tests::{
     Family,
     cluster::{
@@ -9,6 +7,7 @@ use srcip_tests::{
         node::PodNetwork,
         service::{Service, State},
     },
+    wait_for,
 };
 
 use super::NorthSouth;
@@ -20,12 +19,8 @@ fn it_finds_the_nodes_that_have_a_pod_and_follows_them() {
     // The ports follow the data plane, a moment later.
     let health = |test: &NorthSouth, node: u8, status: u16| {
         let at = test.cluster.node(node).host.socket(Family::V4, test.service.health_port);
-        let answers = (0..200).map(|_| {
-            std::thread::sleep(Duration::from_millis(25));
-            balancer::ask(test.cluster.router(), at)
-        });
-        answers.into_iter().find(|answer| answer.status == status).unwrap_or_else(|| {
-            panic!("node {node} does not say {status}: {:?}", balancer::ask(test.cluster.router(), at))
+        wait_for(&format!("node {node} says {status}"), || {
+            Some(balancer::ask(test.cluster.router(), at)).filter(|answer| answer.status == status)
         })
     };
     for (node, pods) in [(1, 2), (2, 1), (3, 0)] {

@@ -1,10 +1,7 @@
 //! Packets that are too large for a link beyond the node: path MTU discovery works through the translation, also where
 //! the endpoint is on another node than the one that the router tells.
 
-use std::{
-    io::{Read as _, Write as _},
-    time::Duration,
-};
+use std::io::{Read as _, Write as _};
 
 use serde_json::Value;
 use srcip_tests::{
@@ -12,6 +9,7 @@ use srcip_tests::{
     cluster::{Cluster, agent::Agents, balancer, node::PodNetwork, service::Service},
     options::never_fragment,
     peer::{self, APPLICATION_PORT},
+    wait_until,
 };
 
 use super::{changes::Conversation, packets::udp};
@@ -76,18 +74,15 @@ fn who_answers_with_more_than_a_narrow_link_takes_is_told() {
                 let (_, caller) = application.recv_from(&mut buffer).unwrap();
                 assert_eq!(caller, client.local_addr().unwrap());
                 // The error comes back a moment later; the kernel remembers it for this destination.
-                let refused = (0..200).any(|_| {
+                let where_to = format!("{options:?} {family:?} by node {node}");
+                wait_until(&format!("{where_to}: the application is told"), || {
                     let sent = application.send_to(&[7; 1400], caller);
-                    std::thread::sleep(Duration::from_millis(5));
                     sent.is_err_and(|error| error.raw_os_error() == Some(libc::EMSGSIZE))
                 });
-                assert!(refused, "{options:?} {family:?} by node {node}: the application was not told");
                 // Errors about what was sent meanwhile may still be waiting.
-                let sent = (0..200).any(|_| {
-                    std::thread::sleep(Duration::from_millis(5));
+                wait_until(&format!("{where_to}: less fits"), || {
                     application.send_to(&[8; 1200], caller).is_ok()
                 });
-                assert!(sent, "{options:?} {family:?} by node {node}: less does not fit either");
                 assert_eq!((client.recv(&mut buffer).unwrap(), buffer[0]), (1200, 8));
                 pod.ip("route flush cache").unwrap();
                 pod.ip("-6 route flush cache").unwrap();

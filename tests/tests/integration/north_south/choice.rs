@@ -90,11 +90,10 @@ fn a_client_with_affinity_stays_with_its_endpoint() {
 
 #[test]
 fn affinity_ends_with_its_timeout() {
-    let timeout = Duration::from_millis(500);
     let mut site = Site::new(1);
     let pods: Vec<Pod> = (0..5).map(|_| site.pod(0)).collect();
     let mut service = site.service(Protocol::Tcp, Family::V4);
-    service.affinity = Some(timeout);
+    service.affinity = Some(Duration::from_secs(600));
     let endpoints = pods
         .iter()
         .map(|pod| pod.endpoint(Family::V4, Place::Local, EndpointState::Ready))
@@ -113,10 +112,13 @@ fn affinity_ends_with_its_timeout() {
     };
     let only = pods[0].address(Family::V4);
     assert!(chosen(&bench, 1000).iter().all(|ip| *ip == only));
-    // Others come: the clients stay where they are, until they have not been seen for so long.
+    // Others come: the clients stay where they are, until they have not been seen for as long as is agreed by then.
     service.endpoints = endpoints;
-    bench.site.apply(0, [service]);
+    bench.site.apply(0, [service.clone()]);
     assert!(chosen(&bench, 1001).iter().all(|ip| *ip == only));
+    let timeout = Duration::from_millis(100);
+    service.affinity = Some(timeout);
+    bench.site.apply(0, [service]);
     std::thread::sleep(timeout * 2);
     let moved = chosen(&bench, 1002).iter().filter(|ip| **ip != only).count();
     assert!(moved >= 10, "{moved} of 20 moved to the other four of five");

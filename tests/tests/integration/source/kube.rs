@@ -71,13 +71,15 @@ fn a_thousand_pods_come_in_pages_and_only_then_are_they_all() {
 fn a_list_that_expires_half_way_is_begun_anew() {
     let mut rig = Rig::new(Kind::Kube, |place| {
         (0..100).for_each(|i| place.put(pod(&format!("pod-{i:03}"))));
-        place.server.set(Faults { delay: Duration::from_millis(100), ..Faults::default() });
+        place.server.set(Faults { lists_expire: true, ..Faults::default() });
     });
-    eventually("a second page", || rig.asked("list").len() >= 2);
-    rig.server.expire();
+    let begun =
+        |rig: &Rig| rig.asked("list").iter().filter(|asked| !asked.query.contains_key("continue")).count();
+    eventually("a list begun anew", || begun(&rig) >= 2);
+    assert!(!rig.now().synced);
+    rig.server.set(Faults::default());
     let snapshot = rig.until("all pods", |snapshot| snapshot.synced);
     assert_eq!(snapshot.pods.len(), 100);
-    assert!(rig.asked("list").iter().filter(|asked| !asked.query.contains_key("continue")).count() >= 2);
 }
 
 #[test]
@@ -154,8 +156,15 @@ fn what_is_no_json_leads_to_a_new_list() {
     rig.place().put(pod("b"));
     // The list has it.
     rig.until_pods(&["a", "b"]);
+    rig.until("no trouble", |snapshot| snapshot.trouble.is_none());
+    // It passes with the next list. Whoever looks on from the source's own thread does not miss it.
+    let mut seen = rig.seen.clone();
+    let troubled = rig.background.handle.spawn(async move {
+        drop(seen.wait_for(|snapshot| snapshot.trouble.is_some()).await.unwrap());
+    });
     rig.place().put(pod("c"));
-    rig.until("trouble", |snapshot| snapshot.trouble.is_some());
+    let troubled = rig.background.wait(async { tokio::time::timeout(SOON, troubled).await });
+    troubled.expect("there is trouble").unwrap();
     rig.server.set(Faults::default());
     rig.until("no trouble", |snapshot| snapshot.trouble.is_none());
     rig.until_pods(&["a", "b", "c"]);
@@ -188,13 +197,18 @@ fn what_is_never_told_is_found_by_the_next_list() {
 #[test]
 fn slow_answers_are_waited_for_and_slower_ones_are_trouble() {
     let slow = Faults { delay: Duration::from_millis(300), ..Faults::default() };
-    let mut rig = Rig::new(Kind::Kube, |place| {
+    let timing = kube_source::Timing {
+        request: Duration::from_secs(2),
+        fetch: Duration::from_secs(1),
+        ..kube_timing()
+    };
+    let mut rig = Rig::with(Kind::Kube, timing, |place| {
         place.put(pod("a"));
         place.server.set(slow.clone());
     });
     rig.until_pods(&["a"]);
     rig.until_watched(1);
-    rig.server.set(Faults { delay: Duration::from_secs(5), ..Faults::default() });
+    rig.server.set(Faults { delay: SOON, ..Faults::default() });
     rig.server.cut();
     rig.until("the trouble", |snapshot| {
         let why = snapshot.trouble.as_deref().unwrap_or_default();
@@ -203,7 +217,7 @@ fn slow_answers_are_waited_for_and_slower_ones_are_trouble() {
     let before = Instant::now();
     let error = rig.fetch("a").unwrap_err().to_string();
     assert!(error.contains("has not told of pod default/a within 1s"), "{error}");
-    assert!(before.elapsed() < Duration::from_secs(3), "{:?}", before.elapsed());
+    assert!(before.elapsed() < SOON, "{:?}", before.elapsed());
     rig.server.set(Faults::default());
     rig.until("no trouble", |snapshot| snapshot.trouble.is_none());
 }
@@ -221,9 +235,9 @@ fn a_silent_connection_is_given_up_when_its_watch_should_have_ended() {
     });
     let begun = Instant::now();
     eventually("another watch", || server.asked("watch", "pods").len() >= 2);
-    // The server never ended the first one. It was given the time agreed and some more, and not all of SOON.
+    // The server never ended the first one. It was given the time agreed and some more.
     let waited = begun.elapsed();
-    assert!((Duration::from_secs(3)..Duration::from_secs(12)).contains(&waited), "{waited:?}");
+    assert!(waited > Duration::from_secs(3), "{waited:?}");
     // The next one goes on from where that was, and brings what has happened.
     assert_eq!(server.asked("list", "pods").len(), 1);
     server.put_pod(pod("a"));
@@ -249,11 +263,12 @@ fn a_server_that_always_fails_is_not_asked_all_the_time() {
             rig.place().put(pod("b"));
         }
         eventually("requests", || rig.server.requests().len() >= 4);
-        let before = rig.server.requests().len();
+        let (began, before) = (Instant::now(), rig.server.requests().len());
         thread::sleep(Duration::from_secs(2));
         let asked = rig.server.requests().len() - before;
-        // The longest delay is 200 ms, and as much again at random.
-        assert!(asked <= 12, "{asked} requests in two seconds with {faults:?}");
+        // The longest delay is 200 ms, and as much again at random; the first ones are shorter.
+        let most = began.elapsed().as_millis() / 200 + 2;
+        assert!(asked as u128 <= most, "{asked} requests, not {most}, with {faults:?}");
     }
 }
 

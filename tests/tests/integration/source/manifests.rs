@@ -13,8 +13,11 @@ impl Rig {
         manifests_of(&self.scratch).join(name)
     }
 
+    /// Writes a file as a whole: it is never seen empty.
     fn write(&self, name: &str, text: impl AsRef<[u8]>) {
-        fs::write(self.file(name), text).unwrap();
+        let half = self.file(&format!(".{name}"));
+        fs::write(&half, text).unwrap();
+        fs::rename(half, self.file(name)).unwrap();
     }
 }
 
@@ -99,7 +102,7 @@ fn a_file_that_is_being_written_is_waited_for() {
     let background = Background::start();
     background.wait(async {
         // So long that no machine is too busy.
-        let timing = manifest_source::Timing { settle: Duration::from_secs(2), ..manifest_timing() };
+        let timing = manifest_source::Timing { settle: Duration::from_secs(10), ..manifest_timing() };
         let source = ManifestSource::start(scratch.path(), Some(NODE), timing);
         let mut seen = source.watch();
         let all = tokio::time::timeout(SOON, seen.wait_for(|snapshot| snapshot.pods.len() == 2)).await;

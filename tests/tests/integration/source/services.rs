@@ -19,7 +19,7 @@ use srcip_user::{
 };
 use tokio::sync::watch;
 
-use super::{Background, SOON, kube_timing, manifest_timing};
+use super::{Background, SOON, eventually, kube_timing, manifest_timing};
 
 fn service(node_port: u16) -> Value {
     json!({
@@ -100,7 +100,7 @@ fn the_api_is_followed_through_everything_that_goes_wrong() {
         node_port(objects) == Some(30081) && objects.slices.is_empty() && objects.is_synced()
     });
     for resource in ["services", "endpointslices.discovery.k8s.io", "nodes"] {
-        assert!(server.asked("list", resource).len() >= 2, "{resource} was listed again");
+        eventually(&format!("{resource} are listed again"), || server.asked("list", resource).len() >= 2);
         assert!(!server.asked("watch", resource).is_empty());
     }
 }

@@ -62,11 +62,10 @@ fn a_collector_that_is_down_slows_nothing() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let otlp = Otlp::start(&format!("http://127.0.0.1:{port}").parse().unwrap(), &metrics).unwrap();
     let count = QUEUE as u64 + 5000;
-    let start = std::time::Instant::now();
+    // Had they to wait, none would be dropped.
     for _ in 0..count {
         otlp.export(&closed("pod", Leg::Direct, Some(true)));
     }
-    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     let waiting = Arc::clone(&otlp.waiting);
     otlp.finish();
     let page = metrics.encode(false).unwrap();

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
-use srcip_tests::{Family, client};
+use srcip_tests::{Family, PATIENCE, client};
 
 use super::{Stage, scene::Scheme};
 use crate::{
@@ -56,7 +56,7 @@ pub fn ask(stage: Stage<'_>, scheme: Scheme, family: Family) -> Result<Seen> {
 
 /// The line after so many lines of the gateway's log, which writes it a little later.
 fn next_line(stage: Stage<'_>, lines: usize) -> Result<Value> {
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         stage.signals.check()?;
         let log = stage.scene.gateway.log();
