@@ -8,21 +8,21 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
 use aya::{
     maps::MapInfo,
-    programs::{SchedClassifier, loaded_programs},
+    programs::{ProgramError, SchedClassifier, loaded_programs},
 };
 
 use super::{attach::Role, numbered};
 use crate::{
     clsact::{self, Filter},
     dataplane::{
-        error::{BpfContext as _, Error, FileContext as _, Result},
+        error::{BpfContext as _, Error, FileContext as _, Result, chain},
         pins::{Pins, make_directory, remove_tree},
     },
     netns::{Netns, NetnsCookie},
@@ -186,13 +186,54 @@ fn ours(maps: &Path) -> Result<HashSet<u32>> {
             .bpf(|| format!("read what the map {} is", map.display()))
     };
     let maps = entries(maps)?.into_iter().map(number).collect::<Result<HashSet<_>>>()?;
-    let uses_them =
-        |used: Option<Vec<u32>>| used.is_some_and(|used| used.iter().any(|map| maps.contains(map)));
-    let programs = loaded_programs().filter_map(std::result::Result::ok);
-    let ours = programs.filter(|program| uses_them(program.map_ids().ok().flatten()));
-    Ok(ours.map(|program| program.id()).collect())
+    let uses_them = |used: &Option<Vec<u32>>| used.iter().flatten().any(|map| maps.contains(map));
+    let mut ours = HashSet::new();
+    for program in loaded_programs() {
+        match program.and_then(|program| Ok((program.id(), program.map_ids()?))) {
+            Ok((id, used)) => ours.extend(uses_them(&used).then_some(id)),
+            Err(error) => tell_unless_gone(error)?,
+        }
+    }
+    Ok(ours)
+}
+
+/// A program may go while all are looked at.
+fn tell_unless_gone(error: ProgramError) -> Result<()> {
+    let kind = match &error {
+        ProgramError::SyscallError(error) => error.io_error.kind(),
+        _ => io::ErrorKind::Other,
+    };
+    let cure = match kind {
+        io::ErrorKind::NotFound => return Ok(()),
+        io::ErrorKind::PermissionDenied => {
+            "; to look at all programs takes CAP_SYS_ADMIN: run as root, or give the container this capability"
+        }
+        _ => "",
+    };
+    let action = "find out which programs use the maps of north-south, to know its filters by".to_owned();
+    Err(Error::Bpf { action, source: format!("{}{cure}", chain(&error)).into() })
 }
 
 fn in_namespace(error: RoutingError) -> Error {
     Error::Routing(error, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    #[test]
+    fn only_programs_that_have_gone_are_passed_over() {
+        let error = |number| {
+            let io_error = io::Error::from_raw_os_error(number);
+            ProgramError::SyscallError(SyscallError { call: "bpf_prog_get_fd_by_id", io_error })
+        };
+        tell_unless_gone(error(libc::ENOENT)).unwrap();
+        let told = tell_unless_gone(error(libc::EPERM)).unwrap_err().to_string();
+        assert!(told.contains("Operation not permitted") && told.contains("takes CAP_SYS_ADMIN"), "{told}");
+        let told = tell_unless_gone(error(libc::ENOMEM)).unwrap_err().to_string();
+        assert!(told.contains("Cannot allocate memory") && !told.contains("CAP_SYS_ADMIN"), "{told}");
+    }
 }
