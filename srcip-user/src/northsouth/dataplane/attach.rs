@@ -150,7 +150,6 @@ pub(super) fn remove_all(pins: &Pins) -> Result<()> {
         for index in links::attached(pins, role)? {
             links::remove(pins, role, index)?;
         }
-        filters::remove_all(pins, role)?;
     }
-    Ok(())
+    filters::remove_all(pins)
 }

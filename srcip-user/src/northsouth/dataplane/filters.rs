@@ -115,7 +115,7 @@ impl Filters {
     }
 }
 
-/// Gives the filters that are there this program, in whichever namespaces they are.
+/// Gives the filters that are there this program, in whichever namespaces they are that can be seen.
 pub(super) fn upgrade(pins: &Pins, role: Role, program: &mut SchedClassifier) -> Result<()> {
     in_each_namespace(pins, |filters, devices| {
         for device in with_filters(filters, role, devices)? {
@@ -123,15 +123,33 @@ pub(super) fn upgrade(pins: &Pins, role: Role, program: &mut SchedClassifier) ->
         }
         Ok(())
     })
+    .map(drop)
 }
 
-/// Removes all filters, in whichever namespaces they are.
-pub(super) fn remove_all(pins: &Pins, role: Role) -> Result<()> {
-    in_each_namespace(pins, |filters, devices| {
-        for index in filters.attached(role)? {
-            filters.remove(role, index, devices.iter().find(|device| device.index == index))?;
+/// Removes all filters, in whichever namespaces they are. An error if there may be some in one that cannot be seen;
+/// what finds them again is still there then.
+pub(super) fn remove_all(pins: &Pins) -> Result<()> {
+    let unseen = in_each_namespace(pins, |filters, devices| {
+        for role in Role::ALL {
+            for index in filters.attached(role)? {
+                filters.remove(role, index, devices.iter().find(|device| device.index == index))?;
+            }
         }
         Ok(())
+    })?;
+    // A namespace that has gone has taken its filters along, and they their programs.
+    let programs = if unseen.is_empty() { HashSet::new() } else { ours(&pins.maps())? };
+    if programs.is_empty() {
+        return Ok(());
+    }
+    let list = |numbers: &mut dyn Iterator<Item = u64>| {
+        let numbers: BTreeSet<_> = numbers.collect();
+        numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    };
+    Err(Error::FiltersUnseen {
+        path: root(pins),
+        cookies: list(&mut unseen.iter().map(|cookie| cookie.0)),
+        programs: list(&mut programs.iter().copied().map(u64::from)),
     })
 }
 
@@ -144,11 +162,13 @@ fn with_filters<'a>(
     Ok(devices.iter().filter(move |device| attached.contains(&device.index)))
 }
 
-/// Does something in every namespace that has filters. One that has gone has taken its devices along.
+/// Does something in every namespace that has filters. Returns those that cannot be found: they have gone, with their
+/// devices, or nothing that can be seen from here leads to them.
 fn in_each_namespace(
     pins: &Pins,
     mut act: impl FnMut(&Filters, &[Device]) -> Result<()> + Send,
-) -> Result<()> {
+) -> Result<Vec<NetnsCookie>> {
+    let mut unseen = Vec::new();
     let here = Netns::cookie_here().file("read the network namespace's cookie for", pins.root())?;
     for entry in entries(&root(pins))? {
         let Some(cookie) = entry.file_name().and_then(|name| name.to_str()?.parse().ok()).map(NetnsCookie)
@@ -161,9 +181,11 @@ fn in_each_namespace(
             run()?;
         } else if let Some(netns) = Netns::find(cookie, None) {
             netns.run(run)??;
+        } else {
+            unseen.push(cookie);
         }
     }
-    Ok(())
+    Ok(unseen)
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {

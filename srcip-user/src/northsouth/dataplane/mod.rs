@@ -120,7 +120,8 @@ impl NorthSouth {
         self
     }
 
-    /// Removes every trace from the instance at `pin_path`. Returns whether there was any.
+    /// Removes every trace from the instance at `pin_path`. Returns whether there was any. An error if there may be
+    /// filters in a network namespace that cannot be seen from here: then the pins stay, by which they are found.
     pub fn remove(pin_path: &Path) -> Result<bool> {
         let pins = pins(pin_path);
         // Held until all of it is gone; the directory goes last.

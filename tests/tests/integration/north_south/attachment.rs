@@ -1,9 +1,13 @@
 //! How the programs sit on devices: by links, or by filters of `clsact`; what others have there is left alone.
 
-use std::{collections::BTreeSet, fs, path::PathBuf};
+use std::{collections::BTreeSet, fs, path::PathBuf, process::Command};
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use srcip_tests::{Family, process::run};
+use srcip_tests::{
+    Family,
+    process::{run, sh},
+    srcip::binary,
+};
 use srcip_user::{
     clsact::{self, Filter},
     dataplane::record::TcHook,
@@ -251,6 +255,31 @@ fn a_device_that_is_an_uplink_no_more_loses_its_program_and_a_pods_keeps_it() {
         assert_eq!(marks(&rig), BTreeSet::from([format!("uplink_{eth0}")]), "{hook:?}");
         drop(other);
     }
+}
+
+/// As in a container that has neither the host's processes nor its names.
+#[test]
+fn filters_in_a_namespace_that_cannot_be_seen_are_told_of_and_can_be_removed_later() {
+    let mut rig = Rig::new(TcHook::Clsact);
+    rig.apply();
+    let (srcip, pins) = (binary("srcip"), rig.site.nodes[0].pins.clone());
+    let cleanup = format!("{} cleanup --pin-path {}", srcip.display(), pins.display());
+    let blind = format!("mount -t tmpfs none /run/netns && exec {cleanup}");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", &blind]);
+    let output = command.output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    let cookie = rig.site.nodes[0].host.netns().cookie().unwrap().0;
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(1), &b""[..]), "{told}");
+    for part in ["cannot be seen from here", &cookie.to_string(), "northsouth/filters", "nsenter"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    assert_eq!(rig.filters().each_ref().map(Vec::len), [1, 1]);
+    rig.works();
+    assert_eq!(sh(&cleanup).unwrap().trim(), "north-south removed");
+    assert_eq!(rig.filters(), [[], []]);
+    assert!(!rig.has_clsact("eth0") && !rig.has_clsact("pod1"));
+    assert!(!pins.join("northsouth").exists());
 }
 
 /// Killed between any two steps: what is there is found by whoever comes next.
