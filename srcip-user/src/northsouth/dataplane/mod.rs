@@ -105,8 +105,9 @@ impl NorthSouth {
         let mut programs = Programs::load(&pins, &Build::current()?)?;
         maps::stamp_layout(&pins)?;
         programs.upgrade(&pins)?;
-        let maps = Maps::open(&pins)?;
+        let mut maps = Maps::open(&pins)?;
         let services = maps.read_back()?;
+        maps.sweep_counters(&services.values().map(|programmed| programmed.id).collect())?;
         let next = services.values().map(|programmed| programmed.id + 1).max().unwrap_or(0);
         let (known, places) = (BTreeMap::new(), HashMap::new());
         Ok(Self { pins, programs, maps, services, next, known, places })
