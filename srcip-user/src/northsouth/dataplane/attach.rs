@@ -39,6 +39,14 @@ impl Role {
         }
     }
 
+    /// A device may have been the one and become the other.
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Uplink => Self::Pod,
+            Self::Pod => Self::Uplink,
+        }
+    }
+
     /// What the names of pins begin with.
     pub(super) fn word(self) -> &'static str {
         match self {

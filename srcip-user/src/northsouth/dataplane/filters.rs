@@ -3,8 +3,9 @@
 //! Whatever becomes of this process, a filter stays where it is, and nothing can be pinned that stands for it. So
 //! there is a directory for each device, made before its filter and removed after it:
 //! `filters/COOKIE/uplink_INDEX`, `filters/COOKIE/pod_INDEX`, with the cookie of the network namespace. In it is
-//! another, `clsact`, if the queueing discipline is ours to remove. Which filters are ours their programs tell: they
-//! use our maps. Nobody else's are touched.
+//! another, `clsact_NAME`, if the queueing discipline is ours to remove. It has the device's name, in hexadecimal
+//! digits because names may have dots and names of pins may not: a device that got the number of one that has gone is
+//! another one. Which filters are ours their programs tell: they use our maps. Nobody else's are touched.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -52,6 +53,12 @@ impl Filters {
         self.directory.join(format!("{}_{index}", role.word()))
     }
 
+    /// What says that the queueing discipline of a device is ours.
+    fn made(&self, role: Role, device: &Device) -> PathBuf {
+        let digits: String = device.name.bytes().map(|byte| format!("{byte:02x}")).collect();
+        self.mark(role, device.index).join(format!("clsact_{digits}"))
+    }
+
     /// The numbers of the devices that have a filter, or were about to get one, or had one before they went.
     pub(super) fn attached(&self, role: Role) -> Result<BTreeSet<u32>> {
         numbered(&self.directory, role)
@@ -75,11 +82,10 @@ impl Filters {
 
     /// Sees to it that a device has a filter with this program.
     pub(super) fn ensure(&self, role: Role, program: &mut SchedClassifier, device: &Device) -> Result<()> {
-        let mark = self.mark(role, device.index);
-        make_directory(&mark)?;
+        make_directory(&self.mark(role, device.index))?;
         let exists = clsact::exists(device).map_err(in_namespace)?;
         if !exists {
-            make_directory(&mark.join("clsact"))?;
+            make_directory(&self.made(role, device))?;
         }
         if self.upgrade(role, program, device)? {
             return Ok(());
@@ -99,19 +105,24 @@ impl Filters {
         Ok(!filters.is_empty())
     }
 
-    /// Takes our filter from a device, and what we made for it. `None`: the device has gone, and all with it.
+    /// Takes our filter from a device, and what we made for it, unless it is needed in the other role. `None`: the
+    /// device has gone, and all with it.
     pub(super) fn remove(&self, role: Role, index: u32, device: Option<&Device>) -> Result<()> {
-        let mark = self.mark(role, index);
         if let Some(device) = device {
             let action = || format!("take {} from the ingress of {}", role.program(), device.name);
             for filter in self.find(role, device)? {
                 clsact::remove_filter(device, filter).bpf(action)?;
             }
-            if mark.join("clsact").exists() {
-                clsact::remove_if_empty(device).map_err(in_namespace)?;
+            if self.made(role, device).exists() {
+                let other = role.other();
+                if self.mark(other, index).exists() {
+                    make_directory(&self.made(other, device))?;
+                } else {
+                    clsact::remove_if_empty(device).map_err(in_namespace)?;
+                }
             }
         }
-        remove_tree(&mark)
+        remove_tree(&self.mark(role, index))
     }
 }
 
