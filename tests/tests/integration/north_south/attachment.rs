@@ -313,7 +313,7 @@ fn filters_in_a_namespace_that_cannot_be_seen_are_told_of_and_can_be_removed_lat
     let told = String::from_utf8(output.stderr).unwrap();
     let cookie = rig.site.nodes[0].host.netns().cookie().unwrap().0;
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(1), &b""[..]), "{told}");
-    for part in ["cannot be seen from here", &cookie.to_string(), "northsouth/filters", "nsenter"] {
+    for part in ["cannot be seen from here", &cookie.to_string(), "northsouth/filters", "hostPID"] {
         assert!(told.contains(part), "{part}: {told}");
     }
     assert_eq!(rig.filters().each_ref().map(Vec::len), [1, 1]);
