@@ -25,9 +25,9 @@ use crate::{
 pub fn from_outside(skb: Skb, work: &mut Work, datagram: &Datagram, from: &Address) -> Verdict {
     let Some(quoted) = Header::Quoted.place() else { return Verdict::PASS };
     let Some(ports) = packet::quoted(&skb, datagram, quoted) else { return Verdict::PASS };
-    if maps::frontend(quoted.family, quoted.source, ports.source, quoted.protocol).is_none() {
+    let Some(frontend) = maps::frontend(quoted.family, quoted.source, ports.source, quoted.protocol) else {
         return if from.is_unspecified() { Verdict::PASS } else { tunnel::onward(skb, work, datagram) };
-    }
+    };
     work.key = FlowKey::new(
         Direction::Request,
         quoted.protocol,
@@ -35,6 +35,10 @@ pub fn from_outside(skb: Skb, work: &mut Work, datagram: &Datagram, from: &Addre
         (quoted.source, ports.source),
     );
     let Some(flow) = maps::flow(&work.key) else { return Verdict::PASS };
+    // The frontend may have gone to another Service since the flow was noted.
+    if flow.service != frontend.service {
+        return Verdict::PASS;
+    }
     if datagram.hop_limit <= 1 {
         return Verdict::pass(Counter::HopLimit);
     }
@@ -77,6 +81,10 @@ pub fn from_pod(skb: Skb, work: &mut Work, datagram: &Datagram) -> Verdict {
         (quoted.source, ports.source),
     );
     let Some(flow) = maps::flow(&work.key) else { return Verdict::PASS };
+    // The request may have come by another way, with the ends of an earlier flow.
+    if !reply::is_current(quoted, flow) {
+        return Verdict::PASS;
+    }
     (work.target.address, work.target.port) = (flow.address, flow.port);
     let found = reply::back(skb, &mut work.way, datagram, flow);
     if found != Verdict::REDIRECT {

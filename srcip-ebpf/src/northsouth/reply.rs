@@ -55,9 +55,10 @@ pub fn from_pod(skb: Skb, work: &mut Work, datagram: &Datagram) -> Verdict {
     }
 }
 
-/// Whether its frontend still leads to its service here; else what comes to it is kube-proxy's.
+/// Whether the frontend of a flow with this packet's protocol still leads to its service here; else what comes to it is
+/// kube-proxy's.
 #[inline(always)]
-fn is_current(datagram: &Datagram, flow: &Flow) -> bool {
+pub fn is_current(datagram: &Datagram, flow: &Flow) -> bool {
     maps::frontend(datagram.family, flow.address, flow.port, datagram.protocol)
         .is_some_and(|frontend| frontend.service == flow.service)
 }

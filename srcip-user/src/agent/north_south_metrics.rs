@@ -171,8 +171,9 @@ type Shown = (&'static str, &'static str, &'static [(ServiceCounter, &'static st
 const OF_SERVICE: [Shown; 3] = [
     (
         "srcip_north_south_service_flows",
-        "Connections to a port of a Service: of those that entered the cluster here, here and handed_on; from other \
-         nodes, received",
+        "Flows to a port of a Service, that is TCP connections, and datagrams after three minutes' pause: those that \
+         entered the cluster by this node, here to a pod of it, handed_on to another node; received are those that \
+         another node has handed on to this one",
         &[
             (ServiceCounter::NewFlow, "here"),
             (ServiceCounter::NewFlowHandedOn, "handed_on"),
@@ -201,7 +202,8 @@ impl Collector for Counted {
         counters(
             &mut encoder,
             "srcip_north_south_packets",
-            "Packets of Services from outside the cluster, by what became of them; new_flows are connections",
+            "Packets of Services from outside the cluster, by what became of them; new_flows, new_flows_handed_on and \
+             new_flows_received count the first packet of each flow once more",
             last.packets.iter().map(|(what, count)| (OfWhat { what }, *count)),
         )?;
         let by_label = self.by_label(&last.services);

@@ -14,6 +14,9 @@ use crate::{
 
 /// Remove all traces of this instance, also of an interrupted attach or another version.
 ///
+/// It has to run where it can see the processes, or the names, of the network namespaces that have filters of
+/// north-south: what it cannot reach it says, and leaves the pins by which that is found again.
+///
 /// Upstream connections are not waited for; `srcip detach --all` does that. An agent that runs attaches its pods
 /// again: end it first.
 #[derive(Debug, Args)]
@@ -36,13 +39,14 @@ impl Cleanup {
                 output::print(format!("{} put right\n", path.display()).as_bytes())?;
             }
         }
-        // First: what finds its filters again is among the instance's pins.
-        if NorthSouth::remove(dataplane.pin_path()).context("cannot take north-south away")? {
+        let north_south = NorthSouth::remove(dataplane.pin_path());
+        if matches!(north_south, Ok(true)) {
             output::print(b"north-south removed\n")?;
         }
+        // Whatever became of that: pods are another matter.
         for name in dataplane.cleanup()? {
             output::print(format!("{name} removed\n").as_bytes())?;
         }
-        Ok(())
+        north_south.map(drop).context("cannot take north-south away")
     }
 }

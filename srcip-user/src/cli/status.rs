@@ -159,9 +159,11 @@ impl StatusArgs {
 fn service_row(service: &ServiceStatus, wide: bool) -> Vec<String> {
     let ServiceStatus { name, protocol, frontends, policy, affinity_seconds, .. } = service;
     let here = service.endpoints.iter().filter(|endpoint| endpoint.node.is_none()).count();
-    let count = |name: &str| service.counters.get(name).copied().unwrap_or_default();
-    let dropped: u64 =
-        service.counters.iter().filter(|(name, _)| name.starts_with("dropped_")).map(|(_, n)| n).sum();
+    // An earlier version that handles it counts nothing.
+    let shown = |count: Option<u64>| count.map_or_else(|| "unknown".to_owned(), |count| count.to_string());
+    let count = |name: &str| shown(service.counters.get(name).copied());
+    let dropped = service.counters.iter().filter(|(name, _)| name.starts_with("dropped_"));
+    let dropped = shown(dropped.map(|(_, count)| *count).reduce(u64::wrapping_add));
     let mut row = vec![
         name.clone(),
         (*policy).to_owned(),
@@ -169,17 +171,17 @@ fn service_row(service: &ServiceStatus, wide: bool) -> Vec<String> {
         or_none(&frontends.join(",")),
         service.endpoints.len().to_string(),
         here.to_string(),
-        count("new_flows").to_string(),
-        count("new_flows_handed_on").to_string(),
-        count("new_flows_received").to_string(),
-        dropped.to_string(),
+        count("new_flows"),
+        count("new_flows_handed_on"),
+        count("new_flows_received"),
+        dropped,
     ];
     if wide {
         let affinity = affinity_seconds.map(|seconds| format!("{seconds}s"));
         let endpoints: Vec<_> = service.endpoints.iter().map(endpoint).collect();
         row.extend([
-            count("request_bytes").to_string(),
-            count("reply_bytes").to_string(),
+            count("request_bytes"),
+            count("reply_bytes"),
             or_none(&affinity.unwrap_or_default()),
             or_none(&service.source_ranges.join(",")),
             service.return_path.to_owned(),

@@ -119,6 +119,22 @@ pub enum Error {
         /// Where they were wanted.
         wanted: PathBuf,
     },
+    /// There may be filters in network namespaces that cannot be entered, because nothing leads to them.
+    #[error(
+        "of north-south there may be filters left, in network namespaces that cannot be seen from here (their \
+         cookies: {cookies}; no process that may be looked at is in them, and no name below /run/netns is \
+         theirs): the programs {programs} still use its maps. What they are found again by, {}, was left as \
+         well. End the agent, if one runs, and run `srcip cleanup` where these can be seen: on the host itself, \
+         or in a pod with hostPID", .path.display()
+    )]
+    FiltersUnseen {
+        /// Where the pins say that there are filters.
+        path: PathBuf,
+        /// The namespaces' cookies.
+        cookies: String,
+        /// The numbers of the programs.
+        programs: String,
+    },
     /// The engine asked for cannot run here.
     #[error("the {engine} engine cannot run here: {reason}; {cure}")]
     EngineUnavailable {

@@ -34,10 +34,7 @@ impl Status {
         else {
             return Ok(None);
         };
-        let service = |service: &ServicePort| {
-            let counts = counts.get(&service.name).copied().unwrap_or_default();
-            ServiceStatus::new(service, &counts)
-        };
+        let service = |service: &ServicePort| ServiceStatus::new(service, counts.get(&service.name));
         Ok(Some(Self { services: services.iter().map(service).collect(), counters }))
     }
 }
@@ -61,7 +58,8 @@ pub struct ServiceStatus {
     pub return_path: &'static str,
     /// What stands behind it.
     pub endpoints: Vec<EndpointStatus>,
-    /// What has been counted of it here, since it has been handled.
+    /// What has been counted of it here, since it has been handled; empty if that is not known, as what handles it is
+    /// an earlier version, which does not count.
     pub counters: BTreeMap<&'static str, u64>,
 }
 
@@ -79,7 +77,7 @@ pub struct EndpointStatus {
 }
 
 impl ServiceStatus {
-    fn new(service: &ServicePort, counts: &Counts) -> Self {
+    fn new(service: &ServicePort, counts: Option<&Counts>) -> Self {
         let takes_new = service.takes_new();
         let protocol = service.frontends.first().map(|frontend| frontend.protocol);
         // A NodePort has an entry for each family.
@@ -101,7 +99,11 @@ impl ServiceStatus {
                 ReturnPath::Tunnel => "tunnel",
             },
             endpoints: service.endpoints.iter().map(|e| EndpointStatus::new(e, takes_new(e))).collect(),
-            counters: ServiceCounter::ALL.iter().map(|c| c.name()).zip(*counts).collect(),
+            counters: ServiceCounter::ALL
+                .iter()
+                .map(|c| c.name())
+                .zip(counts.copied().into_iter().flatten())
+                .collect(),
         }
     }
 }
@@ -171,7 +173,7 @@ mod tests {
             return_path: ReturnPath::Direct,
         };
         let status = Status {
-            services: vec![ServiceStatus::new(&service, &[1, 2, 3, 4, 5, 6, 7, 8])],
+            services: vec![ServiceStatus::new(&service, Some(&[1, 2, 3, 4, 5, 6, 7, 8]))],
             counters: [("dropped", 3)].into(),
         };
         assert_eq!(

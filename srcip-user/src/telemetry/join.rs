@@ -9,6 +9,10 @@
 //!   upstream leg that hides the client; it may serve any downstream connection of the pod.
 //!
 //! If that leaves one downstream connection, the join is exact; else it is inferred, and says how.
+//!
+//! [`open`]: one connection, and what there is to tell of it.
+
+mod open;
 
 use std::{
     collections::BTreeSet,
@@ -19,12 +23,10 @@ use std::{
 use rustc_hash::{FxHashMap, FxHashSet};
 use srcip_common::telemetry::{ACTIVE, Event, LOCAL, OPEN, REMOTE};
 
+use self::open::{Open, Partner};
 use super::{
     clock::Clock,
-    record::{
-        ClosedBy, DownstreamLocal, DownstreamRemote, EventKind, Join, Leg, Origin, Record, Rule, Timestamp,
-        Totals, UpstreamHost, UpstreamLocal,
-    },
+    record::{ClosedBy, EventKind, Join, Leg, Record, Rule, Totals},
     workload::{ProxyPorts, Workload, Workloads},
 };
 use crate::netns::NetnsCookie;
@@ -41,32 +43,6 @@ pub fn is_sidecar_source(ip: IpAddr) -> bool {
 
 /// Number of a socket; see `Event::socket`.
 type Socket = u64;
-
-/// An open connection.
-#[derive(Clone, Debug)]
-struct Open {
-    netns: NetnsCookie,
-    workload: Arc<str>,
-    leg: Leg,
-    local: SocketAddr,
-    remote: SocketAddr,
-    opened_ns: u64,
-    mark: u32,
-    /// This end connected.
-    active: bool,
-    partner: Option<Partner>,
-    /// The upstream leg's source hides the client.
-    hidden: bool,
-}
-
-/// The other leg, as far as it is known. Its addresses are kept: it may have ended by now.
-#[derive(Clone, Copy, Debug)]
-struct Partner {
-    local: SocketAddr,
-    remote: SocketAddr,
-    join: Join,
-    rule: Rule,
-}
 
 /// Open downstream connections, or upstream ones, by time: the first has waited longest.
 type ByTime = BTreeSet<(u64, Socket)>;
@@ -136,7 +112,7 @@ impl Joiner {
 
     /// What there is to tell of the connections that are open.
     pub fn open_records(&self, clock: Clock) -> impl Iterator<Item = Record> {
-        self.open.values().map(move |open| Self::record(open, EventKind::Open, clock.time(open.opened_ns)))
+        self.open.values().map(move |open| open.record(EventKind::Open, clock.time(open.opened_ns)))
     }
 
     /// Takes an event in; what there is to tell of it comes back. The application's end of a connection
@@ -228,7 +204,7 @@ impl Joiner {
                 *self.into.entry(netns).or_default() += 1;
             }
         }
-        let record = Self::record(&open, EventKind::Open, clock.time(event.time_ns));
+        let record = open.record(EventKind::Open, clock.time(event.time_ns));
         self.open.insert(event.socket, open);
         Some(record)
     }
@@ -356,7 +332,7 @@ impl Joiner {
                 _ => ClosedBy::Aborted,
             },
         };
-        let mut record = Self::record(&open, EventKind::Close, clock.time(event.time_ns));
+        let mut record = open.record(EventKind::Close, clock.time(event.time_ns));
         record.totals = Some(totals);
         Some(record)
     }
@@ -448,56 +424,6 @@ impl Joiner {
             Leg::Outbound => {}
         }
         Some(open)
-    }
-
-    fn record(open: &Open, event: EventKind, time: Timestamp) -> Record {
-        let partner = open.partner;
-        let mut record = Record {
-            time,
-            event,
-            workload: Arc::clone(&open.workload),
-            netns_cookie: open.netns,
-            leg: open.leg,
-            downstream_remote_address: None,
-            downstream_local_address: None,
-            upstream_local_address: None,
-            upstream_host: None,
-            origin: None,
-            preserved: None,
-            join: partner.map(|partner| partner.join),
-            rule: partner.map(|partner| partner.rule),
-            mark: open.mark,
-            totals: None,
-        };
-        match open.leg {
-            Leg::Downstream | Leg::Direct => {
-                record.downstream_remote_address = Some(DownstreamRemote(open.remote));
-                record.downstream_local_address = Some(DownstreamLocal(open.local));
-                record.origin = Some(Origin(open.remote));
-                record.upstream_local_address = partner.map(|p| UpstreamLocal(p.local));
-                record.upstream_host = partner.map(|p| UpstreamHost(p.remote));
-            }
-            Leg::Upstream => {
-                record.downstream_remote_address = partner.map(|p| DownstreamRemote(p.remote));
-                record.downstream_local_address = partner.map(|p| DownstreamLocal(p.local));
-                record.origin = partner.map(|p| Origin(p.remote));
-                record.upstream_local_address = Some(UpstreamLocal(open.local));
-                record.upstream_host = Some(UpstreamHost(open.remote));
-            }
-            Leg::Outbound | Leg::Local => {
-                let (from, to) =
-                    if open.active { (open.local, open.remote) } else { (open.remote, open.local) };
-                record.downstream_remote_address = Some(DownstreamRemote(from));
-                record.downstream_local_address = Some(DownstreamLocal(to));
-            }
-        }
-        record.preserved = match (record.origin, record.seen_by_application()) {
-            (Some(origin), Some(seen)) => Some(origin.ip() == seen),
-            // Whoever the client is, it did not come over loopback.
-            (None, Some(_)) if open.hidden => Some(false),
-            _ => None,
-        };
-        record
     }
 }
 

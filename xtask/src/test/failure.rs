@@ -11,8 +11,8 @@ const MOST_CHARACTERS: usize = 200;
 pub struct Failure {
     /// Its name.
     test: String,
-    /// File, line and column.
-    place: String,
+    /// File, line and column, if it panicked.
+    place: Option<String>,
     /// The beginning of what it says.
     message: Vec<String>,
 }
@@ -21,24 +21,50 @@ impl Failure {
     /// Finds them all in what a test program has printed.
     pub fn all(output: &str) -> Vec<Self> {
         let mut failures = Vec::new();
-        let mut test = None;
-        let mut lines = output.lines();
+        let mut lines = output.lines().peekable();
         while let Some(line) = lines.next() {
-            if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
-            {
-                test = Some(name.to_owned());
-            } else if let Some(place) = panic_of_test(line)
-                && let Some(test) = test.take()
-            {
-                // The first panic is the cause; the stack follows the message.
-                let message = lines.by_ref().take_while(|line| !line.is_empty() && !is_stack(line));
-                let cut = |line: &str| line.chars().take(MOST_CHARACTERS).collect();
-                let message = message.take(MOST_LINES).map(cut).collect();
-                failures.push(Self { test, place: place.to_owned(), message });
+            let Some(test) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----"))
+            else {
+                continue;
+            };
+            let mut said = Vec::new();
+            while let Some(line) = lines.next_if(|line| !is_end(line)) {
+                said.push(line);
             }
+            failures.push(Self::of(test, &said));
         }
         failures
     }
+
+    /// Why a test failed that has printed these lines.
+    fn of(test: &str, said: &[&str]) -> Self {
+        // The first panic is the cause; the stack follows the message.
+        let panic = said.iter().enumerate().find_map(|(at, line)| Some((at, panic_of_test(line)?)));
+        let (place, message) = match panic {
+            Some((at, place)) => {
+                let message = said[at + 1..].iter().take_while(|line| !line.is_empty() && !is_stack(line));
+                (Some(place.to_owned()), cut(message))
+            }
+            None => (None, cut(returned(said).iter().filter(|line| !line.is_empty()))),
+        };
+        Self { test: test.to_owned(), place, message }
+    }
+}
+
+/// What a test has returned that did not panic: the test harness prints that last. Causes follow after an empty line.
+fn returned<'a, 'b>(said: &'a [&'b str]) -> &'a [&'b str] {
+    let start = said.iter().rposition(|line| line.starts_with("Error: ")).unwrap_or(said.len());
+    let stack = said[start..].iter().position(|line| is_stack(line));
+    &said[start..stack.map_or(said.len(), |stack| start + stack)]
+}
+
+fn cut<'a>(lines: impl Iterator<Item = &'a &'a str>) -> Vec<String> {
+    lines.take(MOST_LINES).map(|line| line.chars().take(MOST_CHARACTERS).collect()).collect()
+}
+
+/// Where what a test has printed ends: with the next one's, or with the list of all that failed.
+fn is_end(line: &str) -> bool {
+    line == "failures:" || line.starts_with("---- ") && line.ends_with(" stdout ----")
 }
 
 /// Where a thread has panicked, in `thread 'NAME' (1234) panicked at FILE:LINE:COLUMN:`.
@@ -48,12 +74,15 @@ fn panic_of_test(line: &str) -> Option<&str> {
 }
 
 fn is_stack(line: &str) -> bool {
-    line.starts_with("stack backtrace:") || line.starts_with("note: ")
+    ["stack backtrace:", "Stack backtrace:", "note: "].iter().any(|start| line.starts_with(start))
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at {}", self.test, self.place)?;
+        write!(f, "{}", self.test)?;
+        if let Some(place) = &self.place {
+            write!(f, " at {place}")?;
+        }
         self.message.iter().try_for_each(|line| write!(f, "\n    {line}"))
     }
 }
@@ -85,13 +114,28 @@ while it was unwinding
 thread 'other' panicked at tests/tcp.rs:1:1:
 no
 
+---- udp::keeps stdout ----
+Error: tried once more
+Error: sending to 10.0.0.1:80
+
+Caused by:
+    0: the socket
+    1: Network is unreachable (os error 101)
+
+Stack backtrace:
+   0: anyhow::error
+
+---- udp::says_nothing stdout ----
+
 failures:
     agent::status
     tcp::keeps
+    udp::keeps
+    udp::says_nothing
 ";
 
     #[test]
-    fn each_failure_is_told_with_its_first_panic() {
+    fn each_failure_is_told_with_its_first_panic_or_the_error_it_returns() {
         let told: Vec<_> = Failure::all(OUTPUT).iter().map(ToString::to_string).collect();
         assert_eq!(
             told,
@@ -99,6 +143,9 @@ failures:
                 "agent::status at tests/agent.rs:4:5\n    assertion `left == right` failed\n      left: 6\n     \
                  right: 0",
                 "tcp::keeps at tests/tcp.rs:1:1\n    no",
+                "udp::keeps\n    Error: sending to 10.0.0.1:80\n    Caused by:\n        0: the socket\n        1: Network is \
+                 unreachable (os error 101)",
+                "udp::says_nothing",
             ]
         );
     }

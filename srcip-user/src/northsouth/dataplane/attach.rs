@@ -39,6 +39,14 @@ impl Role {
         }
     }
 
+    /// A device may have been the one and become the other.
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Uplink => Self::Pod,
+            Self::Pod => Self::Uplink,
+        }
+    }
+
     /// What the names of pins begin with.
     pub(super) fn word(self) -> &'static str {
         match self {
@@ -150,7 +158,6 @@ pub(super) fn remove_all(pins: &Pins) -> Result<()> {
         for index in links::attached(pins, role)? {
             links::remove(pins, role, index)?;
         }
-        filters::remove_all(pins, role)?;
     }
-    Ok(())
+    filters::remove_all(pins)
 }

@@ -3,26 +3,27 @@
 //! Whatever becomes of this process, a filter stays where it is, and nothing can be pinned that stands for it. So
 //! there is a directory for each device, made before its filter and removed after it:
 //! `filters/COOKIE/uplink_INDEX`, `filters/COOKIE/pod_INDEX`, with the cookie of the network namespace. In it is
-//! another, `clsact`, if the queueing discipline is ours to remove. Which filters are ours their programs tell: they
-//! use our maps. Nobody else's are touched.
+//! another, `clsact_NAME`, if the queueing discipline is ours to remove. It has the device's name, in hexadecimal
+//! digits because names may have dots and names of pins may not: a device that got the number of one that has gone is
+//! another one. Which filters are ours their programs tell: they use our maps. Nobody else's are touched.
 
 use std::{
     collections::{BTreeSet, HashSet},
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
 use aya::{
     maps::MapInfo,
-    programs::{SchedClassifier, loaded_programs},
+    programs::{ProgramError, SchedClassifier, loaded_programs},
 };
 
 use super::{attach::Role, numbered};
 use crate::{
     clsact::{self, Filter},
     dataplane::{
-        error::{BpfContext as _, Error, FileContext as _, Result},
+        error::{BpfContext as _, Error, FileContext as _, Result, chain},
         pins::{Pins, make_directory, remove_tree},
     },
     netns::{Netns, NetnsCookie},
@@ -52,6 +53,12 @@ impl Filters {
         self.directory.join(format!("{}_{index}", role.word()))
     }
 
+    /// What says that the queueing discipline of a device is ours.
+    fn made(&self, role: Role, device: &Device) -> PathBuf {
+        let digits: String = device.name.bytes().map(|byte| format!("{byte:02x}")).collect();
+        self.mark(role, device.index).join(format!("clsact_{digits}"))
+    }
+
     /// The numbers of the devices that have a filter, or were about to get one, or had one before they went.
     pub(super) fn attached(&self, role: Role) -> Result<BTreeSet<u32>> {
         numbered(&self.directory, role)
@@ -75,11 +82,10 @@ impl Filters {
 
     /// Sees to it that a device has a filter with this program.
     pub(super) fn ensure(&self, role: Role, program: &mut SchedClassifier, device: &Device) -> Result<()> {
-        let mark = self.mark(role, device.index);
-        make_directory(&mark)?;
+        make_directory(&self.mark(role, device.index))?;
         let exists = clsact::exists(device).map_err(in_namespace)?;
         if !exists {
-            make_directory(&mark.join("clsact"))?;
+            make_directory(&self.made(role, device))?;
         }
         if self.upgrade(role, program, device)? {
             return Ok(());
@@ -99,23 +105,28 @@ impl Filters {
         Ok(!filters.is_empty())
     }
 
-    /// Takes our filter from a device, and what we made for it. `None`: the device has gone, and all with it.
+    /// Takes our filter from a device, and what we made for it, unless it is needed in the other role. `None`: the
+    /// device has gone, and all with it.
     pub(super) fn remove(&self, role: Role, index: u32, device: Option<&Device>) -> Result<()> {
-        let mark = self.mark(role, index);
         if let Some(device) = device {
             let action = || format!("take {} from the ingress of {}", role.program(), device.name);
             for filter in self.find(role, device)? {
                 clsact::remove_filter(device, filter).bpf(action)?;
             }
-            if mark.join("clsact").exists() {
-                clsact::remove_if_empty(device).map_err(in_namespace)?;
+            if self.made(role, device).exists() {
+                let other = role.other();
+                if self.mark(other, index).exists() {
+                    make_directory(&self.made(other, device))?;
+                } else {
+                    clsact::remove_if_empty(device).map_err(in_namespace)?;
+                }
             }
         }
-        remove_tree(&mark)
+        remove_tree(&self.mark(role, index))
     }
 }
 
-/// Gives the filters that are there this program, in whichever namespaces they are.
+/// Gives the filters that are there this program, in whichever namespaces they are that can be seen.
 pub(super) fn upgrade(pins: &Pins, role: Role, program: &mut SchedClassifier) -> Result<()> {
     in_each_namespace(pins, |filters, devices| {
         for device in with_filters(filters, role, devices)? {
@@ -123,15 +134,33 @@ pub(super) fn upgrade(pins: &Pins, role: Role, program: &mut SchedClassifier) ->
         }
         Ok(())
     })
+    .map(drop)
 }
 
-/// Removes all filters, in whichever namespaces they are.
-pub(super) fn remove_all(pins: &Pins, role: Role) -> Result<()> {
-    in_each_namespace(pins, |filters, devices| {
-        for index in filters.attached(role)? {
-            filters.remove(role, index, devices.iter().find(|device| device.index == index))?;
+/// Removes all filters, in whichever namespaces they are. An error if there may be some in one that cannot be seen;
+/// what finds them again is still there then.
+pub(super) fn remove_all(pins: &Pins) -> Result<()> {
+    let unseen = in_each_namespace(pins, |filters, devices| {
+        for role in Role::ALL {
+            for index in filters.attached(role)? {
+                filters.remove(role, index, devices.iter().find(|device| device.index == index))?;
+            }
         }
         Ok(())
+    })?;
+    // A namespace that has gone has taken its filters along, and they their programs.
+    let programs = if unseen.is_empty() { HashSet::new() } else { ours(&pins.maps())? };
+    if programs.is_empty() {
+        return Ok(());
+    }
+    let list = |numbers: &mut dyn Iterator<Item = u64>| {
+        let numbers: BTreeSet<_> = numbers.collect();
+        numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    };
+    Err(Error::FiltersUnseen {
+        path: root(pins),
+        cookies: list(&mut unseen.iter().map(|cookie| cookie.0)),
+        programs: list(&mut programs.iter().copied().map(u64::from)),
     })
 }
 
@@ -144,11 +173,13 @@ fn with_filters<'a>(
     Ok(devices.iter().filter(move |device| attached.contains(&device.index)))
 }
 
-/// Does something in every namespace that has filters. One that has gone has taken its devices along.
+/// Does something in every namespace that has filters. Returns those that cannot be found: they have gone, with their
+/// devices, or nothing that can be seen from here leads to them.
 fn in_each_namespace(
     pins: &Pins,
     mut act: impl FnMut(&Filters, &[Device]) -> Result<()> + Send,
-) -> Result<()> {
+) -> Result<Vec<NetnsCookie>> {
+    let mut unseen = Vec::new();
     let here = Netns::cookie_here().file("read the network namespace's cookie for", pins.root())?;
     for entry in entries(&root(pins))? {
         let Some(cookie) = entry.file_name().and_then(|name| name.to_str()?.parse().ok()).map(NetnsCookie)
@@ -161,9 +192,11 @@ fn in_each_namespace(
             run()?;
         } else if let Some(netns) = Netns::find(cookie, None) {
             netns.run(run)??;
+        } else {
+            unseen.push(cookie);
         }
     }
-    Ok(())
+    Ok(unseen)
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
@@ -186,13 +219,54 @@ fn ours(maps: &Path) -> Result<HashSet<u32>> {
             .bpf(|| format!("read what the map {} is", map.display()))
     };
     let maps = entries(maps)?.into_iter().map(number).collect::<Result<HashSet<_>>>()?;
-    let uses_them =
-        |used: Option<Vec<u32>>| used.is_some_and(|used| used.iter().any(|map| maps.contains(map)));
-    let programs = loaded_programs().filter_map(std::result::Result::ok);
-    let ours = programs.filter(|program| uses_them(program.map_ids().ok().flatten()));
-    Ok(ours.map(|program| program.id()).collect())
+    let uses_them = |used: &Option<Vec<u32>>| used.iter().flatten().any(|map| maps.contains(map));
+    let mut ours = HashSet::new();
+    for program in loaded_programs() {
+        match program.and_then(|program| Ok((program.id(), program.map_ids()?))) {
+            Ok((id, used)) => ours.extend(uses_them(&used).then_some(id)),
+            Err(error) => tell_unless_gone(error)?,
+        }
+    }
+    Ok(ours)
+}
+
+/// A program may go while all are looked at.
+fn tell_unless_gone(error: ProgramError) -> Result<()> {
+    let kind = match &error {
+        ProgramError::SyscallError(error) => error.io_error.kind(),
+        _ => io::ErrorKind::Other,
+    };
+    let cure = match kind {
+        io::ErrorKind::NotFound => return Ok(()),
+        io::ErrorKind::PermissionDenied => {
+            "; to look at all programs takes CAP_SYS_ADMIN: run as root, or give the container this capability"
+        }
+        _ => "",
+    };
+    let action = "find out which programs use the maps of north-south, to know its filters by".to_owned();
+    Err(Error::Bpf { action, source: format!("{}{cure}", chain(&error)).into() })
 }
 
 fn in_namespace(error: RoutingError) -> Error {
     Error::Routing(error, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    #[test]
+    fn only_programs_that_have_gone_are_passed_over() {
+        let error = |number| {
+            let io_error = io::Error::from_raw_os_error(number);
+            ProgramError::SyscallError(SyscallError { call: "bpf_prog_get_fd_by_id", io_error })
+        };
+        tell_unless_gone(error(libc::ENOENT)).unwrap();
+        let told = tell_unless_gone(error(libc::EPERM)).unwrap_err().to_string();
+        assert!(told.contains("Operation not permitted") && told.contains("takes CAP_SYS_ADMIN"), "{told}");
+        let told = tell_unless_gone(error(libc::ENOMEM)).unwrap_err().to_string();
+        assert!(told.contains("Cannot allocate memory") && !told.contains("CAP_SYS_ADMIN"), "{told}");
+    }
 }

@@ -1,6 +1,6 @@
 //! Handles on the pinned maps, and what can be read back from them.
 
-use std::collections::{BTreeMap, HashMap as Table};
+use std::collections::{BTreeMap, HashMap as Table, HashSet};
 
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray};
 use srcip_common::{
@@ -34,7 +34,8 @@ pub(super) struct Maps {
     pub(super) nodes: HashMap<MapData, Address, u32>,
     config: Array<MapData, Config>,
     counters: PerCpuArray<MapData, u64>,
-    pub(super) service_counters: HashMap<MapData, ServiceId, ServiceCounters>,
+    /// `None`: an earlier version has made the maps, and only its programs have run; they count nothing by Service.
+    pub(super) service_counters: Option<HashMap<MapData, ServiceId, ServiceCounters>>,
     /// How many entries have been written or removed.
     pub(super) writes: u64,
 }
@@ -70,6 +71,9 @@ pub(super) fn stamp_layout(pins: &Pins) -> Result<()> {
 impl Maps {
     pub(super) fn open(pins: &Pins) -> Result<Self> {
         let maps = pins.maps();
+        let service_counters = maps.join("NS_SERVICE_COUNTERS");
+        let service_counters =
+            service_counters.exists().then(|| open(&service_counters, Map::HashMap)).transpose()?;
         Ok(Self {
             names: open(&maps.join("NS_NAMES"), Map::HashMap)?,
             frontends: open(&maps.join("NS_FRONTENDS"), Map::HashMap)?,
@@ -79,7 +83,7 @@ impl Maps {
             nodes: open(&maps.join("NS_NODES"), Map::HashMap)?,
             config: open(&maps.join("NS_CONFIG"), Map::Array)?,
             counters: open(&maps.join("NS_COUNTERS"), Map::PerCpuArray)?,
-            service_counters: open(&maps.join("NS_SERVICE_COUNTERS"), Map::HashMap)?,
+            service_counters,
             writes: 0,
         })
     }
@@ -117,13 +121,31 @@ impl Maps {
                 service.ranges.insert((range.client.into(), bits));
             }
         }
-        for id in self.service_counters.keys() {
-            let id = id.bpf(|| "read the map NS_SERVICE_COUNTERS".to_owned())?;
+        for id in self.counted()? {
             if let Some(service) = services.get_mut(&id) {
                 service.is_counted = true;
             }
         }
         Ok(keys.into_iter().filter_map(|(id, key)| Some((key, services.remove(&id)?))).collect())
+    }
+
+    /// The services that there is a place for to be counted at.
+    fn counted(&self) -> Result<Vec<ServiceId>> {
+        let keys = self.service_counters.iter().flat_map(HashMap::keys);
+        keys.map(|id| id.bpf(|| "read the map NS_SERVICE_COUNTERS".to_owned())).collect()
+    }
+
+    /// Forgets what was counted of other services than these: a version that counts nothing by Service has taken them
+    /// away.
+    pub(super) fn sweep_counters(&mut self, existing: &HashSet<ServiceId>) -> Result<()> {
+        let mut gone = self.counted()?.into_iter().filter(|id| !existing.contains(id));
+        gone.try_for_each(|id| self.remove_counters(id))
+    }
+
+    /// Forgets what was counted of a service.
+    pub(super) fn remove_counters(&mut self, id: ServiceId) -> Result<()> {
+        self.writes += 1;
+        self.service_counters.as_mut().map_or(Ok(()), |counters| tolerate_missing(counters.remove(&id)))
     }
 
     /// What a service is, if it is there.
@@ -182,15 +204,16 @@ impl Maps {
         Counter::ALL.iter().map(|&counter| read(counter)).collect()
     }
 
-    /// What has been counted of each Service, both families together.
+    /// What has been counted of each Service, both families together; without those that are not counted.
     pub(super) fn counts(&self) -> Result<BTreeMap<ServiceName, Counts>> {
         let mut counts = BTreeMap::new();
+        let Some(service_counters) = &self.service_counters else { return Ok(counts) };
         for entry in self.names.iter() {
             let (id, name) = entry.bpf(|| "read the map NS_NAMES".to_owned())?;
             let Some(key) = decode(&name) else { continue };
-            let counters = match self.service_counters.get(&id, 0) {
+            let counters = match service_counters.get(&id, 0) {
                 Ok(counters) => counters,
-                // It is being made, or taken away.
+                // It is being made, or taken away, or an earlier version has made it.
                 Err(MapError::KeyNotFound) => continue,
                 Err(error) => return Err(error).bpf(|| "read the map NS_SERVICE_COUNTERS".to_owned()),
             };

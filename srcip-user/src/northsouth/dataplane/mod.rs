@@ -105,8 +105,9 @@ impl NorthSouth {
         let mut programs = Programs::load(&pins, &Build::current()?)?;
         maps::stamp_layout(&pins)?;
         programs.upgrade(&pins)?;
-        let maps = Maps::open(&pins)?;
+        let mut maps = Maps::open(&pins)?;
         let services = maps.read_back()?;
+        maps.sweep_counters(&services.values().map(|programmed| programmed.id).collect())?;
         let next = services.values().map(|programmed| programmed.id + 1).max().unwrap_or(0);
         let (known, places) = (BTreeMap::new(), HashMap::new());
         Ok(Self { pins, programs, maps, services, next, known, places })
@@ -120,7 +121,8 @@ impl NorthSouth {
         self
     }
 
-    /// Removes every trace from the instance at `pin_path`. Returns whether there was any.
+    /// Removes every trace from the instance at `pin_path`. Returns whether there was any. An error if there may be
+    /// filters in a network namespace that cannot be seen from here: then the pins stay, by which they are found.
     pub fn remove(pin_path: &Path) -> Result<bool> {
         let pins = pins(pin_path);
         // Held until all of it is gone; the directory goes last.

@@ -37,7 +37,7 @@ pub fn counters(pin_path: &Path) -> Result<Option<BTreeMap<&'static str, u64>>> 
 }
 
 /// What the instance at `pin_path` has counted of each Service that it handles; `None` if there is no north-south
-/// there.
+/// there. Services that an earlier version handles, which does not count them, are missing.
 pub fn counts(pin_path: &Path) -> Result<Option<BTreeMap<ServiceName, Counts>>> {
     open(pin_path)?.map(|maps| maps.counts()).transpose()
 }

@@ -86,8 +86,10 @@ impl Maps {
     /// Writes what differs. Returns whether anything did.
     pub(super) fn write(&mut self, programmed: &mut Programmed, wanted: Compiled) -> Result<bool> {
         let id = programmed.id;
-        if !programmed.is_counted {
-            self.service_counters.insert(id, ServiceCounters::ZERO, 0).bpf(|| full("NS_SERVICE_COUNTERS"))?;
+        if !programmed.is_counted
+            && let Some(counters) = &mut self.service_counters
+        {
+            counters.insert(id, ServiceCounters::ZERO, 0).bpf(|| full("NS_SERVICE_COUNTERS"))?;
             self.writes += 1;
             programmed.is_counted = true;
         }
@@ -150,9 +152,9 @@ impl Maps {
             tolerate_missing(self.ranges.remove(&trie_key(id, range)))?;
             self.writes += 1;
         }
-        tolerate_missing(self.service_counters.remove(&id))?;
+        self.remove_counters(id)?;
         tolerate_missing(self.names.remove(&id))?;
-        self.writes += 2;
+        self.writes += 1;
         Ok(())
     }
 

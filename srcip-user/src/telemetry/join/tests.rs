@@ -3,7 +3,10 @@ use std::{collections::HashMap, net::Ipv4Addr};
 use proptest::prelude::*;
 use srcip_common::telemetry::{ABORTED, CLOSE, NOBODY, PASSIVE};
 
-use super::*;
+use super::{
+    super::record::{Origin, UpstreamHost, UpstreamLocal},
+    *,
+};
 
 const NETNS: NetnsCookie = NetnsCookie(7);
 const POD: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);

@@ -1,9 +1,13 @@
 //! How the programs sit on devices: by links, or by filters of `clsact`; what others have there is left alone.
 
-use std::{collections::BTreeSet, fs, path::PathBuf};
+use std::{collections::BTreeSet, fs, path::PathBuf, process::Command};
 
 use aya::programs::{SchedClassifier, TcAttachType};
-use srcip_tests::{Family, process::run};
+use srcip_tests::{
+    Family,
+    process::{run, sh},
+    srcip::binary,
+};
 use srcip_user::{
     clsact::{self, Filter},
     dataplane::record::TcHook,
@@ -253,6 +257,73 @@ fn a_device_that_is_an_uplink_no_more_loses_its_program_and_a_pods_keeps_it() {
     }
 }
 
+/// The queueing discipline was made for one role of a device, and is needed in the other; then it goes with the last.
+#[test]
+fn what_was_made_for_a_device_goes_whatever_the_device_has_become() {
+    let mut rig = Rig::new(TcHook::Clsact);
+    let with_uplinks = |rig: &mut Rig, uplinks: &[&str], services: Vec<ServicePort>| {
+        let mut desired = rig.site.desired(0, services);
+        desired.uplinks = uplinks.iter().map(|name| rig.device(name)).collect();
+        let node = &mut rig.site.nodes[0];
+        let changes = node.host.netns().run(|| node.programmer.apply(&desired)).unwrap().unwrap();
+        assert_eq!(changes.missing_uplinks, Vec::<String>::new());
+    };
+    with_uplinks(&mut rig, &["eth0", "pod1"], Vec::new());
+    let service = rig.service();
+    with_uplinks(&mut rig, &["eth0"], vec![service]);
+    rig.works();
+    assert_eq!(rig.filters().each_ref().map(Vec::len), [1, 1]);
+    // And back.
+    with_uplinks(&mut rig, &["eth0", "pod1"], Vec::new());
+    rig.site.remove(0);
+    assert!(!rig.has_clsact("eth0") && !rig.has_clsact("pod1"));
+}
+
+/// A device goes, and another one gets its number: what somebody has made on that one is not ours.
+#[test]
+fn a_device_with_the_number_of_one_that_went_keeps_its_queueing_discipline() {
+    let mut rig = Rig::new(TcHook::Clsact);
+    rig.apply();
+    let index = rig.device("pod1").index;
+    let node = &rig.site.nodes[0].host;
+    node.ip("link del pod1").unwrap();
+    node.ip(&format!("link add other.1 index {index} type bridge")).unwrap();
+    rig.tc("qdisc add dev other.1 clsact");
+    // As a pod's device it is remembered; as an uplink it gets a filter, and loses it again.
+    let mut desired = rig.site.desired(0, []);
+    desired.uplinks.push(rig.device("other.1"));
+    let node = &mut rig.site.nodes[0];
+    let changes = node.host.netns().run(|| node.programmer.apply(&desired)).unwrap().unwrap();
+    assert_eq!(changes.missing_uplinks, Vec::<String>::new());
+    rig.site.remove(0);
+    assert!(rig.has_clsact("other.1"));
+}
+
+/// As in a container that has neither the host's processes nor its names.
+#[test]
+fn filters_in_a_namespace_that_cannot_be_seen_are_told_of_and_can_be_removed_later() {
+    let mut rig = Rig::new(TcHook::Clsact);
+    rig.apply();
+    let (srcip, pins) = (binary("srcip"), rig.site.nodes[0].pins.clone());
+    let cleanup = format!("{} cleanup --pin-path {}", srcip.display(), pins.display());
+    let blind = format!("mount -t tmpfs none /run/netns && exec {cleanup}");
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", &blind]);
+    let output = command.output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    let cookie = rig.site.nodes[0].host.netns().cookie().unwrap().0;
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(1), &b""[..]), "{told}");
+    for part in ["cannot be seen from here", &cookie.to_string(), "northsouth/filters", "hostPID"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    assert_eq!(rig.filters().each_ref().map(Vec::len), [1, 1]);
+    rig.works();
+    assert_eq!(sh(&cleanup).unwrap().trim(), "north-south removed");
+    assert_eq!(rig.filters(), [[], []]);
+    assert!(!rig.has_clsact("eth0") && !rig.has_clsact("pod1"));
+    assert!(!pins.join("northsouth").exists());
+}
+
 /// Killed between any two steps: what is there is found by whoever comes next.
 #[test]
 fn what_an_interrupted_agent_left_is_removed() {
@@ -264,8 +335,8 @@ fn what_an_interrupted_agent_left_is_removed() {
         node.pins.join(format!("northsouth/filters/{cookie}/uplink_{index}"))
     };
     // Before it made the queueing discipline, before the filter, and before it had said a word.
-    fs::create_dir_all(mark("pod1").join("clsact")).unwrap();
-    fs::create_dir_all(mark("eth0").join("clsact")).unwrap();
+    fs::create_dir_all(mark("pod1").join("clsact_706f6431")).unwrap();
+    fs::create_dir_all(mark("eth0").join("clsact_65746830")).unwrap();
     rig.tc("qdisc add dev eth0 clsact");
     rig.site.remove(0);
     assert!(!rig.has_clsact("eth0"));

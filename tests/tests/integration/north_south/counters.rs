@@ -1,9 +1,15 @@
 //! What is counted of each Service.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
 
-use srcip_tests::Family;
+use aya::maps::{HashMap, Map, MapData};
+use srcip_common::northsouth::{ServiceId, counter::ServiceCounters, packet::UDP};
+use srcip_tests::{Family, process::sh, srcip::binary};
 use srcip_user::northsouth::{
+    dataplane::{read, trace::Reader},
     desired::{EndpointState, Place, Protocol, ServiceName, ServicePort},
     status::Status,
 };
@@ -109,10 +115,42 @@ fn every_service_has_its_own() {
     );
     bench.site.apply(0, all.clone());
     assert_eq!(counts(&bench)[&name(&here)], Counts::new());
-    // What an earlier version has made has no place for them yet.
-    std::fs::remove_file(bench.site.nodes[0].pins.join("northsouth/maps/NS_SERVICE_COUNTERS")).unwrap();
+    // What an earlier version has made has no place for them yet. Who only looks goes on without.
+    let pins = bench.site.nodes[0].pins.clone();
+    std::fs::remove_file(pins.join("northsouth/maps/NS_SERVICE_COUNTERS")).unwrap();
+    let status = Status::read(&pins).unwrap().unwrap();
+    assert_eq!(status.services.len(), all.len());
+    assert!(status.services.iter().all(|service| service.counters.is_empty()));
+    let reader = Reader::open(&pins).unwrap().unwrap();
+    let frontend = SocketAddr::new(vip(FAMILY), here.frontends[0].port);
+    assert_eq!(reader.handled(frontend, UDP).unwrap().unwrap().name, here.name);
+    assert_eq!(read::counts(&pins).unwrap(), Some(BTreeMap::new()));
+    let srcip = binary("srcip");
+    let shown = sh(&format!("{} status -o wide --pin-path {}", srcip.display(), pins.display())).unwrap();
+    assert_eq!(
+        shown.lines().filter(|line| line.matches(" unknown ").count() == 6).count(),
+        all.len(),
+        "{shown}"
+    );
     bench.site.reopen(0);
     let changes = bench.site.apply(0, all.clone());
     assert!(changes.is_empty() && changes.writes == all.len() as u64, "{changes:?}");
     assert!(counts(&bench).into_values().all(|counts| counts.is_empty()));
+}
+
+/// A version that counts nothing by Service has taken one away, and left what was counted of it.
+#[test]
+fn what_was_counted_of_a_service_that_went_unnoticed_is_forgotten() {
+    let mut site = Site::new(1);
+    let service = site.service(Protocol::Udp, Family::V4);
+    site.apply(0, [service]);
+    let pin = site.nodes[0].pins.join("northsouth/maps/NS_SERVICE_COUNTERS");
+    let counters = Map::HashMap(MapData::from_pin(&pin).unwrap());
+    let mut counters: HashMap<_, ServiceId, ServiceCounters> = counters.try_into().unwrap();
+    let counted = |counters: &HashMap<_, _, _>| counters.keys().map(Result::unwrap).collect::<Vec<_>>();
+    let before = counted(&counters);
+    assert_eq!(before.len(), 1);
+    counters.insert(before[0] + 1, ServiceCounters::ZERO, 0).unwrap();
+    site.reopen(0);
+    assert_eq!(counted(&counters), before);
 }

@@ -4,10 +4,12 @@ use std::net::IpAddr;
 
 use etherparse::{Ipv4Header, NetHeaders, PacketHeaders};
 use srcip_tests::Family;
-use srcip_user::northsouth::desired::{EndpointState, Place, Protocol, ReturnPath};
+use srcip_user::northsouth::desired::{EndpointState, Place, Protocol, ReturnPath, ServiceName};
 
 use super::{
-    bench::{Bench, REDIRECT, client, encapsulated, frame, header_len, one_pod, packet, request},
+    bench::{
+        Bench, PASS, REDIRECT, client, encapsulated, frame, header_len, one_pod, packet, request, services,
+    },
     topology::{PORT, Site, vip},
 };
 
@@ -185,7 +187,40 @@ fn what_the_endpoint_says_about_requests_comes_from_the_frontend() {
             // About a connection of the pod's own.
             let own = packet(protocol, (caller.0, 9), there, b"");
             let error = frame(&icmp(there.0, caller.0, kinds(family)[1], &own));
-            assert_eq!(bench.run("srcip_pod", &error), (super::bench::PASS, error));
+            assert_eq!(bench.run("srcip_pod", &error), (PASS, error));
+        }
+    }
+}
+
+/// Whoever has the frontend or the pod's port by then: the flow is remembered longer than the Service that it belonged to.
+#[test]
+fn errors_about_a_flow_of_a_service_that_has_gone_pass_untouched() {
+    let (mut bench, pod) = one_pod();
+    let mut errors = Vec::new();
+    for family in Family::BOTH {
+        for (protocol, from) in PROTOCOLS.into_iter().zip(6000..) {
+            let (caller, there) = ((client(family), from), (pod.address(family), 8000));
+            let sent = request(family, protocol, caller.0, from, b"hello");
+            assert_eq!(bench.uplink(&frame(&sent)).0, REDIRECT);
+            let answer = packet(protocol, (vip(family), PORT), caller, b"there");
+            let got = packet(protocol, caller, there, b"hello");
+            let kind = kinds(family)[1];
+            errors.push(("srcip_uplink", frame(&icmp(router(family), vip(family), kind, &answer))));
+            errors.push(("srcip_pod", frame(&icmp(there.0, caller.0, kind, &got))));
+        }
+    }
+    for (program, error) in &errors {
+        assert_eq!(bench.run(program, error).0, REDIRECT, "{program}");
+    }
+    // Others, with the same frontends and the same pod.
+    let mut others = services(&bench.site, &pod);
+    for other in &mut others {
+        other.name = ServiceName::new(other.name.as_str().replace("gateway", "other")).unwrap();
+    }
+    for services in [Vec::new(), others] {
+        bench.site.apply(0, services);
+        for (program, error) in &errors {
+            assert_eq!(bench.run(program, error), (PASS, error.clone()), "{program}");
         }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::{collections::BTreeSet, path::Path};
 
+use srcip_common::northsouth::counter::Counter;
+
 use super::{super::labels::OTHER, *};
 use crate::{
     agent::metrics::AgentMetrics,
@@ -165,7 +167,8 @@ fn dashboard_rules_and_documentation_use_metrics_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let read = |path: &str| std::fs::read_to_string(root.join(path)).unwrap();
     for file in ["deploy/grafana/srcip.json", "deploy/prometheus/rules.yaml", "docs/TELEMETRY.md"] {
-        let used = used(&read(file));
+        let text = read(file);
+        let used = used(&text);
         assert!(used.len() > 5, "{file}: {used:?}");
         // The documentation names histograms, not their series.
         let exists = |name: &str| {
@@ -174,6 +177,12 @@ fn dashboard_rules_and_documentation_use_metrics_that_exist() {
         };
         let unknown: Vec<_> = used.iter().filter(|name| !exists(name)).collect();
         assert!(unknown.is_empty(), "{file} has metrics that nobody has: {unknown:?}");
+        // What north-south drops, by reason.
+        let is_counted = |reason: &str| Counter::ALL.iter().any(|counter| counter.name() == reason);
+        let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        let reasons = words.filter(|word| word.starts_with("dropped_") && *word != "dropped_");
+        let unknown: Vec<_> = reasons.filter(|reason| !is_counted(reason)).collect();
+        assert!(unknown.is_empty(), "{file} has reasons that nothing has: {unknown:?}");
     }
     // And the documentation has all of them.
     let documented = used(&read("docs/TELEMETRY.md"));
