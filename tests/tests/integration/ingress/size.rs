@@ -31,13 +31,15 @@ fn narrow(cluster: &Cluster) {
 
 #[test]
 fn a_narrow_link_beyond_the_router_is_found_out() {
-    for options in ["", "--return-path tunnel", "--tc-hook clsact"] {
+    // With how many segments the client hands to its device at once: as many as it likes, or one by one.
+    for (options, segments) in [("", 65535), ("--return-path tunnel", 65535), ("--tc-hook clsact", 1)] {
         let mut cluster = Cluster::new(PodNetwork::PointToPoint).unwrap();
         let pod = cluster.pod(1, "echo").unwrap();
         let _application = peer::echo(&pod, &["[::]:8000"]).unwrap();
         let service = Service::new("web").endpoint(1, &pod, APPLICATION_PORT);
         let _agents = Agents::start(&cluster, &[&service], options).unwrap();
         narrow(&cluster);
+        cluster.client.ip(&format!("link set eth0 gso_max_segs {segments}")).unwrap();
         for family in Family::BOTH {
             for node in [1, 2] {
                 balancer::route(&cluster, &[node]).unwrap();
