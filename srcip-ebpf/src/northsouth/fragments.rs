@@ -23,7 +23,7 @@ pub fn known(datagram: &mut Datagram) -> bool {
     let key = FragmentKey::of(datagram);
     if datagram.fragment_offset == 0 {
         // An earlier datagram's, if any: identifications come again.
-        let _ = NS_FRAGMENTS.remove(&key);
+        let _ = NS_FRAGMENTS.remove(key);
         return true;
     }
     let Some(first) = first(&key) else { return false };
@@ -53,7 +53,7 @@ pub fn follow(datagram: &Datagram, ports: Ports) {
 fn note(datagram: &Datagram, ports: Ports) {
     let Ports { source: source_port, destination: destination_port, .. } = ports;
     let first = Fragments { source_port, destination_port, protocol: datagram.protocol, padding: [0; 3] };
-    let _ = NS_FRAGMENTS.insert(&FragmentKey::of(datagram), &first, 0);
+    let _ = NS_FRAGMENTS.insert(FragmentKey::of(datagram), first, 0);
 }
 
 #[inline(always)]

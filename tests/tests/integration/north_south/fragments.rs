@@ -78,7 +78,7 @@ fn sum(header: &mut [u8]) {
 }
 
 fn data() -> Vec<u8> {
-    (0..4000_u32).map(|i| (i * i >> 5) as u8).collect()
+    (0..4000_u32).map(|i| ((i * i) >> 5) as u8).collect()
 }
 
 /// Runs a program over these frames, each of which it redirects.
