@@ -63,7 +63,8 @@ fn every_view(scenario: &Scenario) {
             // By then there are both legs.
             let peer: SocketAddr = wait_for("the application has the request", || {
                 let log = application.log();
-                let mut lines = log[..log.rfind('\n')? + 1].lines().filter(|line| line.starts_with("holding "));
+                let mut lines =
+                    log[..log.rfind('\n')? + 1].lines().filter(|line| line.starts_with("holding "));
                 lines.nth(held)?.strip_prefix("holding ")?.parse().ok()
             });
             let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
