@@ -9,7 +9,7 @@
 //! - [`agent`]: a running node agent.
 //! - [`mesh`]: rule sets of Istio and kube-proxy.
 //! - [`manifests`]: what is deployed on clusters, rendered.
-//! - [`load`]: a steady load of new connections.
+//! - [`load`]: a steady load of new connections. [`processor`]: processor time.
 //! - [`observe`]: a running `srcip observe`.
 //! - [`client`]: single connections from a host. [`options`]: of sockets.
 //! - [`apiserver`]: a Kubernetes API server that fails as it is told to.
@@ -38,6 +38,7 @@ pub mod options;
 pub mod peer;
 pub mod pod;
 pub mod process;
+pub mod processor;
 pub mod proxy;
 pub mod scratch;
 pub mod srcip;

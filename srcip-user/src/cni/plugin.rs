@@ -204,11 +204,14 @@ impl<'a> Sandbox<'a> {
                         said = Some(why.clone());
                         (why, true)
                     }
-                    // The last attempt has hardly any time left: what the agent said before tells more.
+                    // The last attempt has hardly any time left: what came of one before tells more.
                     Err(error @ CallError::TimedOut(..)) => {
                         (said.clone().unwrap_or_else(|| error.to_string()), false)
                     }
-                    Err(error @ CallError::Absent(_)) => (error.to_string(), true),
+                    Err(error @ CallError::Absent(_)) => {
+                        said = Some(error.to_string());
+                        (error.to_string(), true)
+                    }
                     Err(error) => (error.to_string(), false),
                 };
             let is_wanted = self.wanted() == Wanted::Yes || !self.may_start_unsteered();

@@ -19,6 +19,7 @@ use nix::{
     time::{ClockId, clock_gettime},
 };
 use serde_json::json;
+use srcip_tests::processor;
 use srcip_user::{
     dataplane::{
         Dataplane,
@@ -108,22 +109,13 @@ fn cpu_time() -> Result<Duration> {
     Ok(Duration::from(clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?))
 }
 
-/// Processor time of everybody on this machine, in steps of 10 ms: proc_stat(5).
-fn machine_time() -> Result<Duration> {
-    let text = fs::read_to_string("/proc/stat")?;
-    let line = text.lines().next().context("an empty /proc/stat")?;
-    let ticks: Vec<u64> = line.split_whitespace().skip(1).map(str::parse).collect::<Result<_, _>>()?;
-    let idle = ticks[3] + ticks[4];
-    Ok(Duration::from_millis((ticks[..8].iter().sum::<u64>() - idle) * 10))
-}
-
 fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
 fn attach_all(arguments: &Arguments, dataplane: &Dataplane) -> Result<serde_json::Value> {
     let pods = (0..arguments.count).map(|_| Pod::make()).collect::<Result<Vec<_>>>()?;
-    let (machine, cpu, start) = (machine_time()?, cpu_time()?, Instant::now());
+    let (machine, cpu, start) = (processor::of_machine()?, cpu_time()?, Instant::now());
     let (mut times, mut cpu_times) = (Vec::new(), Vec::new());
     for (number, pod) in pods.iter().enumerate() {
         let (cpu, start) = (cpu_time()?, Instant::now());
@@ -132,7 +124,7 @@ fn attach_all(arguments: &Arguments, dataplane: &Dataplane) -> Result<serde_json
         cpu_times.push(cpu_time()? - cpu);
     }
     let (total, total_cpu) = (start.elapsed(), cpu_time()? - cpu);
-    let others = machine_time()?.saturating_sub(machine).saturating_sub(total_cpu);
+    let others = processor::of_machine()?.saturating_sub(machine).saturating_sub(total_cpu);
     let first = times[0];
     times.sort();
     cpu_times.sort();

@@ -69,9 +69,10 @@ fn mistakes_about_the_namespace() {
 #[test]
 fn no_root_no_capability() {
     let scenario = Scenario::empty(Engine::SkLookup);
-    // A copy where anybody may run it.
+    // A copy where anybody may run it. Not made by this process: what another test starts meanwhile would have it open
+    // for writing, for a moment, and nobody could run it.
     let copy = scenario.world.directory().join("srcip");
-    std::fs::copy(binary("srcip"), &copy).unwrap();
+    sh(&format!("cp {} {}", binary("srcip").display(), copy.display())).unwrap();
     sh(&format!("chmod 755 {} {}", scenario.world.directory().display(), copy.display())).unwrap();
     let as_nobody = |arguments: &str| {
         let mut command = Command::new("setpriv");

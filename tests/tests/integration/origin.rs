@@ -63,9 +63,9 @@ fn every_view(scenario: &Scenario) {
             // By then there are both legs.
             let peer: SocketAddr = wait_for("the application has the request", || {
                 let log = application.log();
-                let mut line =
+                let mut lines =
                     log[..log.rfind('\n')? + 1].lines().filter(|line| line.starts_with("holding "));
-                line.nth(held)?.strip_prefix("holding ")?.parse().ok()
+                lines.nth(held)?.strip_prefix("holding ")?.parse().ok()
             });
             let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
             assert_eq!(peer.ip(), own.ip());
