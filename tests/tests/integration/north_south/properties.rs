@@ -91,8 +91,9 @@ impl Recipe {
                 if self.fragment.is_some() {
                     let [high, low] = (units << 3 | u16::from(more)).to_be_bytes();
                     let was = std::mem::replace(&mut headers[next], 44);
-                    headers.extend_from_slice(&[was, 0, high, low, 0, 0]);
-                    headers.extend_from_slice(&id.to_be_bytes());
+                    headers.extend_from_slice(&[was, 0, high, low]);
+                    // No two lies make a TCP header, taken for a fragment's, that says the same.
+                    headers.extend_from_slice(&(0xa5a5_0000 | u32::from(id)).to_be_bytes());
                     (next, names) = (40, 44..48);
                 }
                 if self.options > 0 {
