@@ -100,6 +100,21 @@ pub struct Datagram {
     pub dont_fragment: bool,
 }
 
+impl Datagram {
+    /// Whether its source is one that a host can have: no router sends on what comes from another one (RFC 1812, 5.3.7;
+    /// RFC 4291, 2.5.2, 2.5.3, 2.7), and nor does the kernel (`ip_route_input_slow`, `ip6_rcv`).
+    #[inline(always)]
+    pub fn has_sender(&self) -> bool {
+        let [a, b, c, d] = self.source.words().map(u32::from_be);
+        match self.family {
+            // "This network", loopback, multicast and beyond.
+            Family::V4 => !matches!(d >> 24, 0 | 127 | 224..),
+            // Multicast; unspecified, loopback.
+            Family::V6 => a >> 24 != 0xff && !(a == 0 && b == 0 && c == 0 && d <= 1),
+        }
+    }
+}
+
 /// How much of a packet is expected to be there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Extent {
@@ -110,7 +125,7 @@ pub enum Extent {
 }
 
 /// Reads the header at `start`. `false` if it makes no sense: not of that family, longer than the packet, with too
-/// many extension headers; what is in `datagram` then means nothing.
+/// many extension headers, IPv6 with an address that is IPv4's; what is in `datagram` then means nothing.
 ///
 /// A function of its own also in a program, where the stack is short, and the verifier has less to remember of what
 /// lies in a map.
@@ -163,6 +178,10 @@ fn read_v6<P: Packet + ?Sized>(packet: &P, extent: Extent, datagram: &mut Datagr
     }
     datagram.source = Address::from_v6_be(words(packet.load(start + 8)?));
     datagram.destination = Address::from_v6_be(words(packet.load(start + 24)?));
+    // Never on the wire (`ip6_rcv`); here, such an address is an IPv4 packet's.
+    if datagram.source.v4_be().is_some() || datagram.destination.v4_be().is_some() {
+        return None;
+    }
     datagram.hop_limit = hop_limit;
     datagram.dont_fragment = true;
     (datagram.is_fragment, datagram.fragment_offset) = (false, 0);

@@ -31,6 +31,9 @@ pub fn from_client(skb: Skb, work: &mut Work, datagram: &Datagram, from: &Addres
         fragments::follow(datagram, ports);
         return tunnel::onward(skb, work, datagram);
     };
+    if !datagram.has_sender() {
+        return Verdict::pass(Counter::Malformed);
+    }
     if datagram.hop_limit <= 1 {
         return Verdict::pass(Counter::HopLimit);
     }

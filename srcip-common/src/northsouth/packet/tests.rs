@@ -174,6 +174,52 @@ fn fragment_v6(offset: IpFragOffset, more: bool, id: u32, data: &[u8]) -> Vec<u8
 }
 
 #[test]
+fn senders_are_hosts() {
+    let has_sender = |source: &str| {
+        let source: IpAddr = source.parse().unwrap();
+        let family = if source.is_ipv4() { Family::V4 } else { Family::V6 };
+        Datagram { family, source: source.into(), ..BLANK }.has_sender()
+    };
+    for good in [
+        "1.0.0.1",
+        "10.0.0.1",
+        "126.255.255.255",
+        "128.0.0.1",
+        "223.255.255.255",
+        "::2",
+        "2001:db8::1",
+        "fe80::1",
+    ] {
+        assert!(has_sender(good), "{good}");
+    }
+    for bad in [
+        "0.0.0.0",
+        "0.1.2.3",
+        "127.0.0.1",
+        "127.255.0.1",
+        "224.0.0.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "::",
+        "::1",
+        "ff02::1",
+    ] {
+        assert!(!has_sender(bad), "{bad}");
+    }
+}
+
+#[test]
+fn an_address_of_ipv4_makes_no_sense_in_ipv6() {
+    let packet = v6_with_extensions(&Ipv6Extensions::default(), IpNumber::UDP, &udp(1, 2, b"data"));
+    let mapped = [&[0; 10][..], &[0xff, 0xff, 10, 0, 0, 1]].concat();
+    for at in [8, 24] {
+        let mut packet = packet.clone();
+        packet[at..at + 16].copy_from_slice(&mapped);
+        assert_eq!(read(&packet, Family::V6), None);
+    }
+}
+
+#[test]
 fn a_fragment_of_a_fragment_makes_no_sense() {
     let mut inner = fragment_v6(IpFragOffset::ZERO, false, 2, &udp(1, 2, b"data")).split_off(40);
     inner[3] |= 1;
