@@ -57,7 +57,7 @@ counters! {
         Failed = "dropped_failed",
         /// Passed on untouched: fragments of a datagram whose first one, which has the ports, is not known.
         Fragment = "passed_fragments",
-        /// Passed on untouched: lengths or headers that make no sense.
+        /// Passed on untouched: lengths or headers that make no sense, a source that no host has.
         Malformed = "passed_malformed",
         /// Passed on untouched: the hop limit is used up.
         HopLimit = "passed_hop_limit",
