@@ -223,3 +223,19 @@ pub fn encapsulated(from: IpAddr, to: IpAddr, inside: &[u8]) -> Vec<u8> {
     packet.extend_from_slice(inside);
     packet
 }
+
+/// What a checksum is computed from, added up: all ones if there is a right one in it.
+pub fn sum(octets: &[u8]) -> u16 {
+    let word = |pair: &[u8]| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
+    let mut sum: u32 = octets.chunks(2).map(word).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// Computes the checksum of an IPv4 header.
+pub fn correct(packet: &mut [u8]) {
+    let (header, _) = Ipv4Header::from_slice(packet).unwrap();
+    packet[10..12].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
+}

@@ -6,7 +6,7 @@ use srcip_tests::Family;
 use srcip_user::northsouth::desired::Protocol;
 
 use super::{
-    bench::{Bench, PASS, REDIRECT, client, ends, frame, header_len, one_pod, packet, request},
+    bench::{Bench, PASS, REDIRECT, client, correct, ends, frame, header_len, one_pod, packet, request},
     topology::{PORT, vip},
 };
 
@@ -25,7 +25,7 @@ fn cut(whole: &[u8], part: usize, id: u16) -> Vec<Vec<u8>> {
             header[2..4].copy_from_slice(&(20 + data.len() as u16).to_be_bytes());
             header[4..6].copy_from_slice(&id.to_be_bytes());
             header[6..8].copy_from_slice(&(more << 13 | units).to_be_bytes());
-            sum(&mut header);
+            correct(&mut header);
         } else {
             header[4..6].copy_from_slice(&(8 + data.len() as u16).to_be_bytes());
             let next = std::mem::replace(&mut header[6], 44);
@@ -48,7 +48,7 @@ fn join(frames: &[Vec<u8>]) -> Vec<u8> {
         let packet = &frame[14..];
         if is_v4 {
             let mut again = packet[..20].to_vec();
-            sum(&mut again);
+            correct(&mut again);
             assert_eq!(packet[..20], again, "the header's checksum");
             assert_eq!(packet[12..20], first[12..20], "the addresses");
         } else {
@@ -60,21 +60,12 @@ fn join(frames: &[Vec<u8>]) -> Vec<u8> {
     if is_v4 {
         whole[2..4].copy_from_slice(&length.to_be_bytes());
         whole[6..8].fill(0);
-        sum(&mut whole[..20]);
+        correct(&mut whole[..20]);
     } else {
         whole[4..6].copy_from_slice(&(length - 40).to_be_bytes());
         whole[6] = first[40];
     }
     whole
-}
-
-/// Sets the checksum of an IPv4 header.
-fn sum(header: &mut [u8]) {
-    header[10..12].fill(0);
-    let words = header.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]])));
-    let sum = words.sum::<u32>();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    header[10..12].copy_from_slice(&(!((sum + (sum >> 16)) as u16)).to_be_bytes());
 }
 
 fn data() -> Vec<u8> {

@@ -2,13 +2,14 @@
 
 use std::net::IpAddr;
 
-use etherparse::{Ipv4Header, NetHeaders, PacketHeaders};
+use etherparse::{NetHeaders, PacketHeaders};
 use srcip_tests::Family;
 use srcip_user::northsouth::desired::{EndpointState, Place, Protocol, ReturnPath, ServiceName};
 
 use super::{
     bench::{
-        Bench, PASS, REDIRECT, client, encapsulated, frame, header_len, one_pod, packet, request, services,
+        Bench, PASS, REDIRECT, client, correct, encapsulated, frame, header_len, one_pod, packet, request,
+        services, sum,
     },
     topology::{PORT, Site, vip},
 };
@@ -35,16 +36,6 @@ fn router(family: Family) -> IpAddr {
     }
 }
 
-/// What a checksum is computed from, added up: all ones if there is a right one in it.
-fn sum(octets: &[u8]) -> u16 {
-    let word = |pair: &[u8]| u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
-    let mut sum: u32 = octets.chunks(2).map(word).sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
-}
-
 /// What an ICMP message's checksum is computed from.
 fn summed(from: IpAddr, to: IpAddr, message: &[u8]) -> Vec<u8> {
     match (from, to) {
@@ -69,12 +60,6 @@ fn icmp(from: IpAddr, to: IpAddr, (kind, code, word): Kind, quote: &[u8]) -> Vec
         packet[6] = 58;
     }
     packet
-}
-
-/// Computes the checksum of an IPv4 header.
-fn correct(packet: &mut [u8]) {
-    let (header, _) = Ipv4Header::from_slice(packet).unwrap();
-    packet[10..12].copy_from_slice(&header.calc_header_checksum().to_be_bytes());
 }
 
 /// The ends of an ICMP message whose checksums are right, and the message.

@@ -14,7 +14,7 @@ use srcip_tests::Family;
 use srcip_user::northsouth::desired::Protocol;
 
 use super::{
-    bench::{Bench, DROP, PASS, REDIRECT, client, encapsulated, frame, header_len, packet, services},
+    bench::{Bench, DROP, PASS, REDIRECT, client, encapsulated, frame, header_len, packet, services, sum},
     topology::{PORT, Site, vip},
 };
 
@@ -221,14 +221,9 @@ impl Read {
     }
 }
 
-/// Adds up what is in `octets`, as Internet checksums do.
-fn sum(octets: &[u8]) -> u16 {
-    let words =
-        octets.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], *word.get(1).unwrap_or(&0)])));
-    let sum = words.sum::<u32>();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    // Zero has two forms.
-    ((sum & 0xffff) + (sum >> 16)) as u16 % 0xffff
+/// What a checksum covers, added up, where zero has one form instead of two.
+fn residue(octets: &[u8]) -> u16 {
+    sum(octets) % 0xffff
 }
 
 /// The packet has another destination, one hop less, checksums that went along with it, and nothing else.
@@ -253,7 +248,7 @@ fn only_the_destination_changed(before: &[u8], after: &[u8], family: Family, to:
     if family == Family::V4 {
         expected[10..12].copy_from_slice(&after[10..12]);
         // Right or wrong, it is so by as much as before.
-        assert_eq!(sum(&before[..20]), sum(&after[..20]), "the header's checksum");
+        assert_eq!(residue(&before[..20]), residue(&after[..20]), "the header's checksum");
     }
     assert_eq!(after, expected);
     // UDP's may be missing, and then nobody adds it.
@@ -263,8 +258,10 @@ fn only_the_destination_changed(before: &[u8], after: &[u8], family: Family, to:
     }
     let covered = |packet: &[u8]| {
         let port = old.transport + 2;
-        sum(&[&packet[destination.clone()], &packet[port..port + 2], &packet[checksum..checksum + 2]]
-            .concat())
+        residue(
+            &[&packet[destination.clone()], &packet[port..port + 2], &packet[checksum..checksum + 2]]
+                .concat(),
+        )
     };
     assert_eq!(covered(before), covered(after), "the transport's checksum");
 }
